@@ -1,0 +1,61 @@
+# Needs Python >= 3.11, make and a C++ compiler. `make help` lists the targets.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV ?= .venv
+# Extras to install, pytest workers, and anything else to hand to pytest (PYTEST_ARGS="-k dpg").
+EXTRAS ?= test,dev
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# The first interpreter that runs, is new enough and can make a virtual environment.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; \
+	done)
+PY := $(VENV)/bin/python
+TORCH := $(shell grep '^torch==' constraints.txt)
+comma := ,
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+# Tests reach no network; console scripts of the environment (ninja, accelerate) are found by what tests launch.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PATH="$(abspath $(VENV))/bin:$$PATH"
+PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help install lint typecheck format test test-fast clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf '%-12s %s\n' "$$name" "$$text"; done
+
+# torch goes in first and alone: pip then takes a local CPU wheel of exactly this version where there is one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv and ensurepip was found; set PYTHON=/path/to/python." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	$(PY) -m pip install "$(TORCH)" -c constraints.txt
+	$(PY) -m pip install -e ".[$(EXTRAS)]" -c constraints.txt
+	@touch $@
+
+install: $(INSTALLED) ## make .venv with the tested versions
+
+lint: $(INSTALLED) ## ruff: rules and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+typecheck: $(INSTALLED) ## mypy
+	$(PY) -m mypy
+
+format: $(INSTALLED) ## rewrite the code: imports, fixable rules, formatting
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+test: lint typecheck ## lint, typecheck and every test
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED) ## the tests that are not marked slow
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+clean: ## remove the environment, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
