@@ -454,3 +454,19 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
 def test_a_divergence_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         get_divergence("reverse_kl").name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name not in ("alpha", "total_variation")])
+def test_curvature_is_the_second_derivative_at_one(name: str) -> None:
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    divergence = get_divergence(name)
+    (slope,) = torch.autograd.grad(divergence.slope(log_t), log_t)  # d f'(e^u) / du = t f''(t), at t = 1
+    assert slope.item() == pytest.approx(divergence.curvature, abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.5, 1.0, 2.0])
+def test_alpha_divergences_have_unit_curvature(alpha: float) -> None:
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    divergence = get_divergence("alpha", alpha=alpha)
+    (slope,) = torch.autograd.grad(divergence.slope(log_t), log_t)
+    assert slope.item() == pytest.approx(divergence.curvature, abs=1e-12) == 1.0

@@ -55,6 +55,8 @@ class Divergence:
             is `loss_slope`.
         slope_at_one: f'(1).
         slope_at_infinity: limit of f'(t) for a sample outside the target's support; `math.inf` where there is none.
+        curvature: f''(1). Near the target D_f is `curvature` times KL to second order, so dividing by it makes all
+            divergences pull equally hard there. 1 for total variation, which has a kink instead.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Divergence:
     loss: Callable[[Tensor], Tensor]
     slope_at_one: float
     slope_at_infinity: float
+    curvature: float
 
     @property
     def allows_hard_constraints(self) -> bool:
@@ -246,6 +249,7 @@ def _divergence(
     loss: Callable[[Tensor], Tensor],
     slope_at_one: float,
     slope_at_infinity: float,
+    curvature: float = 1.0,
     slope_at_zero: float = -math.inf,
     f_at_zero: float = math.inf,
     f_at_infinity: float = math.inf,
@@ -261,6 +265,7 @@ def _divergence(
         loss=lambda u: _Integral.apply(u, extended_loss, lambda v: extended_slope(v) - slope_at_one),
         slope_at_one=slope_at_one,
         slope_at_infinity=slope_at_infinity,
+        curvature=curvature,
     )
 
 
@@ -296,6 +301,7 @@ _TABLE: dict[str, Divergence] = {
             loss=_jensen_shannon_loss,
             slope_at_one=0.0,
             slope_at_infinity=_LOG_2 / 2,
+            curvature=1 / 4,
             f_at_zero=_LOG_2 / 2,
         ),
         _divergence(
@@ -317,6 +323,7 @@ _TABLE: dict[str, Divergence] = {
             loss=lambda u: _exp_double_integral(u, -0.5) / 2,  # u + 2 (e^(-u/2) - 1)
             slope_at_one=0.0,
             slope_at_infinity=1.0,
+            curvature=1 / 2,
             f_at_zero=1.0,
         ),
         _divergence(
@@ -327,6 +334,7 @@ _TABLE: dict[str, Divergence] = {
             loss=lambda u: 2 * _exp_double_integral(u, 1),  # 2 (e^u - 1 - u)
             slope_at_one=0.0,
             slope_at_infinity=math.inf,
+            curvature=2.0,
             slope_at_zero=-2.0,
             f_at_zero=1.0,
         ),
@@ -338,6 +346,7 @@ _TABLE: dict[str, Divergence] = {
             loss=lambda u: 2 * _exp_double_integral(u, -2),  # u + (e^(-2u) - 1) / 2
             slope_at_one=0.0,
             slope_at_infinity=1.0,
+            curvature=2.0,
         ),
     )
 }

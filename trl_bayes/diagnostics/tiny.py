@@ -6,7 +6,7 @@ one. `EnumerableTask.evaluate` then says, without sampling, how far a trained po
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,7 +40,7 @@ from .exact import (
 EOS = "<eos>"
 
 
-def _build_tokenizer(letters: str) -> PreTrainedTokenizerBase:
+def build_tiny_tokenizer(letters: Sequence[str]) -> PreTrainedTokenizerBase:
     """One token a letter, letters separated by spaces, EOS last and used for padding (on the left)."""
     vocabulary = {token: index for index, token in enumerate([*letters, EOS])}
     # No unknown token: a letter outside the alphabet is an error, and the vocabulary has nothing that is not sampled.
@@ -81,7 +81,7 @@ def build_tiny_model(
     """
     if not letters or len(set(letters)) != len(letters) or any(letter.isspace() for letter in letters):
         raise ValueError(f"letters must be distinct characters other than spaces, got {letters!r}")
-    tokenizer = _build_tokenizer(letters)
+    tokenizer = build_tiny_tokenizer(letters)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

@@ -1,0 +1,1 @@
+"""Commands of trl_bayes, one file each; each is thin and runs with `python -m trl_bayes.commands.<name>`."""

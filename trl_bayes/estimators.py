@@ -1,0 +1,275 @@
+"""Estimators of a posterior from groups of weighted samples: pure tensor functions, shapes `(P, G)`.
+
+`P` prompts have `G` completions each, drawn from a proposal `q` (the policy that generated them). All quantities are
+per-sequence log-probabilities in nats. With `P(y|x) = pi_0(y|x) exp(phi(x, y))` the unnormalised posterior,
+
+    log w_i = log P(y_i) - log q(y_i),    Z_hat = mean_i w_i.
+
+`valid` is a boolean mask `(P, G)`: completions that no reward function scored are absent from every sum. Nothing here
+knows a model or a trainer, and every function is checked against exact enumeration in `tests/test_estimators.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .divergences import Divergence
+
+
+NEG_INF = float("-inf")
+_SEARCH_MARGIN = 30.0  # nats below the group's own range: e^-30 of the mass
+_BISECTIONS = 40  # a range of 1e3 nats to 1e-9
+
+
+class DivergenceEstimates(NamedTuple):
+    """Monte-Carlo estimates of where the policy stands, one value per prompt, each of shape `(P,)`, in nats."""
+
+    kl_prior: torch.Tensor
+    reverse_kl: torch.Tensor
+    forward_kl: torch.Tensor
+
+
+def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.Tensor:
+    """
+    Importance weights of samples from `q` for the unnormalised posterior: `log w = log P - log q`, in nats.
+
+    Args:
+        log_target (`torch.Tensor`):
+            `log P = log pi_0 + phi` of shape `(P, G)`; `-inf` outside the posterior's support.
+        log_proposal (`torch.Tensor`):
+            `log q` of the distribution that the completions were sampled from, shape `(P, G)`.
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`.
+    """
+    return log_target - log_proposal
+
+
+def log_partition(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Evidence of each prompt from its whole group: `log Z_hat = log mean_i w_i`, unbiased for `Z`.
+
+    Args:
+        weights (`torch.Tensor`): log importance weights `(P, G)`.
+        valid (`torch.Tensor`): boolean `(P, G)`.
+
+    Returns:
+        `torch.Tensor`: shape `(P,)`; `-inf` for a group without evidence (or without a valid completion).
+    """
+    total = weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1)
+    return total - valid.sum(dim=1).clamp(min=1).log()
+
+
+def leave_one_out_log_partition(
+    weights: torch.Tensor,
+    valid: torch.Tensor,
+    past_log_sum: torch.Tensor | None = None,
+    past_count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Evidence for each sample from all samples but itself: `Z_hat_{-i} = (S + sum_{j != i} w_j) / (N + n - 1)`.
+
+    A sample's own weight in its `Z` shrinks its ratio `w_i / Z_hat`, which biases the gradient; its siblings' do not.
+    `S` and `N` are the sum and the number of weights that earlier visits to the same prompt left behind (the `running`
+    partition); without them this is the plain leave-one-out estimate.
+
+    A sample that is the only evidence seen so far has no estimate from others (`Z_hat_{-i} = 0`): it gets the
+    estimate that includes itself, which bounds its ratio by the number of samples.
+
+    Args:
+        weights (`torch.Tensor`): log importance weights `(P, G)`.
+        valid (`torch.Tensor`): boolean `(P, G)`.
+        past_log_sum (`torch.Tensor`, *optional*): `log S` of shape `(P,)`, `-inf` where there is no past.
+        past_count (`torch.Tensor`, *optional*): `N` of shape `(P,)`.
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`; `-inf` only where the prompt has no evidence at all.
+    """
+    num_prompts, group_size = weights.shape
+    if past_log_sum is None or past_count is None:
+        past_log_sum = weights.new_full((num_prompts,), NEG_INF)
+        past_count = weights.new_zeros(num_prompts)
+    weights = weights.masked_fill(~valid, NEG_INF)
+    itself = torch.eye(group_size, dtype=torch.bool, device=weights.device)
+    siblings = weights.unsqueeze(1).expand(-1, group_size, -1).masked_fill(itself, NEG_INF)  # (P, i, j != i)
+    past = past_log_sum.unsqueeze(1)  # (P, 1)
+    count = past_count.unsqueeze(1) + valid.sum(dim=1, keepdim=True)  # (P, 1)
+    others_count = count - valid.to(count.dtype)  # (P, G)
+    from_others = torch.logaddexp(siblings.logsumexp(dim=2), past) - others_count.clamp(min=1).log()
+    from_all = torch.logaddexp(weights.logsumexp(dim=1, keepdim=True), past) - count.clamp(min=1).log()
+    return torch.where(from_others == NEG_INF, from_all, from_others)
+
+
+def matched_log_partition(log_ratio: torch.Tensor, valid: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+    """
+    The constant that fits `log Z` best in the f-TB loss: `argmin_C sum_{j != i} L_f(log pi_j - log P_j + C)`.
+
+    For `reverse_kl` it is the siblings' mean of `log P - log pi` (VarGrad, https://huggingface.co/papers/2010.10436);
+    for `forward_kl` it is the leave-one-out importance estimate of `log Z`. `L_f` is convex in `C` for every
+    divergence, so its slope is bisected. Like the leave-one-out evidence, it does not depend on the sample itself.
+
+    Args:
+        log_ratio (`torch.Tensor`): `log pi - log P` of shape `(P, G)`; `+inf` outside the posterior's support.
+        valid (`torch.Tensor`): boolean `(P, G)`.
+        divergence ([`~trl_bayes.divergences.Divergence`]): whose `L_f` is minimised.
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`. A sample none of whose siblings carries evidence is fitted with itself.
+    """
+    if divergence.name == "reverse_kl":  # quadratic: the minimum is the mean, no search
+        return -leave_one_out_mean(log_ratio, valid)
+
+    group_size = log_ratio.size(1)
+    supported = valid & torch.isfinite(log_ratio)
+    itself = torch.eye(group_size, dtype=torch.bool, device=log_ratio.device)
+    members = valid.unsqueeze(1) & ~itself  # (P, i, j)
+    has_evidence = (members & supported.unsqueeze(1)).any(dim=2, keepdim=True)
+    members = torch.where(has_evidence, members, valid.unsqueeze(1))
+
+    finite = log_ratio.masked_fill(~supported, 0.0)
+    # Between C = -max and C = -min of the supported log-ratios every supported term changes sign. Completions outside
+    # the support pull C down by a constant slope, so the lower end gets head room.
+    low = -finite.amax(dim=1, keepdim=True).expand(-1, group_size) - _SEARCH_MARGIN
+    high = -finite.amin(dim=1, keepdim=True).expand(-1, group_size)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        slopes = divergence.loss_slope(log_ratio.unsqueeze(1) + middle.unsqueeze(2))  # (P, i, j)
+        rising = torch.where(members, slopes, 0.0).sum(dim=2) > 0
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    return (low + high) / 2
+
+
+def leave_one_out_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Baseline of each sample: the mean of its valid siblings' values, shape `(P, G)`; 0 where there is no sibling.
+
+    The baseline does not depend on the sample, so it leaves the score-function gradient unbiased.
+    """
+    values = values.masked_fill(~valid, 0.0)
+    others = values.sum(dim=1, keepdim=True) - values
+    count = valid.sum(dim=1, keepdim=True) - valid.to(torch.long)
+    return others / count.clamp(min=1)
+
+
+def effective_sample_size(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Kish's effective sample size as a fraction of the group: `(sum w)^2 / (n sum w^2)`, shape `(P,)`, in [0, 1].
+
+    1 means that the proposal is the posterior; 0 is returned for a group without evidence.
+    """
+    weights = weights.masked_fill(~valid, NEG_INF)
+    count = valid.sum(dim=1).clamp(min=1)
+    fraction = (2 * weights.logsumexp(dim=1) - (2 * weights).logsumexp(dim=1)).exp() / count
+    return torch.nan_to_num(fraction, nan=0.0)
+
+
+def divergence_estimates(
+    log_policy: torch.Tensor,
+    log_prior: torch.Tensor,
+    log_target: torch.Tensor,
+    log_proposal: torch.Tensor,
+    log_z: torch.Tensor,
+    valid: torch.Tensor,
+) -> DivergenceEstimates:
+    """
+    Where the policy stands, from the group's own samples `y_i ~ q`, with `rho = pi/q`:
+
+        KL(pi||pi_0) = E_q[rho (log pi - log pi_0)]
+        KL(pi||p)    = E_q[rho (log pi - log P)] + log Z
+        KL(p||pi)    = E_q[(P/q) (log P - log pi)] / Z - log Z
+
+    Args:
+        log_policy, log_prior, log_target, log_proposal (`torch.Tensor`): per-sequence log-probabilities `(P, G)`.
+        log_z (`torch.Tensor`): estimate of `log Z` of shape `(P,)` or `(P, G)`.
+        valid (`torch.Tensor`): boolean `(P, G)`.
+
+    Returns:
+        [`DivergenceEstimates`]: each `(P,)`, in nats. `NaN` where the estimate does not exist: a prompt without
+        evidence, or `KL(pi||p)` when a sample lies outside the posterior's support.
+    """
+    if log_z.dim() == 1:
+        log_z = log_z.unsqueeze(1)
+    count = valid.sum(dim=1).clamp(min=1)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return values.masked_fill(~valid, 0.0).sum(dim=1) / count
+
+    ratio = (log_policy - log_proposal).exp()
+    log_p = log_target - log_z  # normalised posterior
+    kl_prior = mean(ratio * (log_policy - log_prior))
+    reverse_kl = mean(ratio * (log_policy - log_p))
+    outside = log_p == NEG_INF
+    surprise = (log_p - log_policy).masked_fill(outside, 0.0)  # 0 log 0 = 0
+    forward_kl = mean((log_p - log_proposal).exp() * surprise)
+    known = valid.any(dim=1) & (log_z > NEG_INF).all(dim=1)
+
+    def where_known(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(known & torch.isfinite(values), values, torch.nan)
+
+    return DivergenceEstimates(
+        torch.where(valid.any(dim=1), kl_prior, torch.nan), where_known(reverse_kl), where_known(forward_kl)
+    )
+
+
+def score_function_coefficient(
+    log_policy: torch.Tensor,
+    log_target: torch.Tensor,
+    log_proposal: torch.Tensor,
+    log_z: torch.Tensor,
+    baseline: torch.Tensor,
+    divergence: Divergence,
+) -> torch.Tensor:
+    """
+    f-DPG: the factor of `grad log pi(y)` in `grad D_f(pi||p) = E_q[(pi/q) (f'(t) + b) grad log pi]`, `t = pi/p`.
+
+    `b` is a baseline of the pseudo-reward `-f'(t)`, so the factor is minus the centred pseudo-reward times the
+    importance ratio. See [Aligning Language Models with Preferences through f-divergence
+    Minimization](https://huggingface.co/papers/2302.08215).
+
+    Args:
+        log_policy, log_target, log_proposal, log_z, baseline (`torch.Tensor`): same shape, in nats.
+        divergence ([`~trl_bayes.divergences.Divergence`]): `f`.
+
+    Returns:
+        `torch.Tensor`: same shape.
+    """
+    slope = divergence.slope(log_policy - log_target + log_z)
+    return (log_policy - log_proposal).exp() * (slope + baseline)
+
+
+def importance_coefficient(
+    log_policy: torch.Tensor, log_target: torch.Tensor, log_proposal: torch.Tensor, log_z: torch.Tensor
+) -> torch.Tensor:
+    """
+    DPG: the factor of `grad log pi(y)` in `grad KL(p||pi) = -E_q[(P/(q Z) - pi/q) grad log pi]`.
+
+    The first weight does not depend on the policy, so samples of any recorded `q` can be reused. The second is a
+    control variate: its expectation is `E_pi[grad log pi] = 0`, and at the posterior both cancel sample by sample.
+    See [A Distributional Approach to Controlled Text Generation](https://huggingface.co/papers/2012.11635).
+
+    Args:
+        log_policy, log_target, log_proposal, log_z (`torch.Tensor`): same shape, in nats.
+
+    Returns:
+        `torch.Tensor`: same shape.
+    """
+    return (log_policy - log_proposal).exp() - (log_target - log_z - log_proposal).exp()
+
+
+def trajectory_balance_coefficient(
+    log_policy: torch.Tensor, log_target: torch.Tensor, log_z: torch.Tensor, divergence: Divergence
+) -> torch.Tensor:
+    """
+    f-TB: the derivative of the loss `L_f(log pi - log P + log Z)` in `log pi`, which is `f'(t) - f'(1)`.
+
+    No importance ratio: with any `q` that covers the posterior's support the minimum stays at `pi = p`. See
+    https://huggingface.co/papers/2605.15417.
+
+    Args:
+        log_policy, log_target, log_z (`torch.Tensor`): same shape, in nats.
+        divergence ([`~trl_bayes.divergences.Divergence`]): `f`.
+
+    Returns:
+        `torch.Tensor`: same shape.
+    """
+    return divergence.loss_slope(log_policy - log_target + log_z)

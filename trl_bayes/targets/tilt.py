@@ -1,0 +1,39 @@
+"""The posterior of KL-regularised RL: the prior tilted by the exponential of the reward."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .base import Target
+
+
+class Tilt(Target):
+    r"""
+    KL-RL's posterior: `phi = sum_k w_k r_k / beta`.
+
+    Maximising `E_pi[r] - beta KL(pi||pi_0)` is the same as minimising `KL(pi||p)` to `p ∝ pi_0 exp(r / beta)`
+    ([Korbak et al., 2022](https://huggingface.co/papers/2205.11275)). `beta` is the posterior's temperature, in units
+    of reward per nat: small trusts the reward, large trusts the prior.
+
+    Args:
+        beta (`float`):
+            Temperature, positive.
+        rewards (`str` or `list[str]`, *optional*):
+            Names of the reward functions to sum, with the trainer's `reward_weights`. Defaults to all.
+    """
+
+    def __init__(self, beta: float, rewards: str | Sequence[str] | None = None):
+        super().__init__(rewards)
+        if not (math.isfinite(beta) and beta > 0):
+            raise ValueError(f"`Tilt` needs a positive finite `beta` (the posterior's temperature), got {beta}.")
+        self.beta = float(beta)
+
+    def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
+        selected = self.select(rewards)  # (N, K')
+        total = (selected * self.select_weights(rewards)).nansum(dim=1)  # a reward that does not apply adds nothing
+        return total.masked_fill(selected.isnan().all(dim=1), torch.nan) / self.beta
+
+    def settings(self) -> dict[str, Any]:
+        return {"beta": self.beta, **super().settings()}

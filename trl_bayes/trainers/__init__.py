@@ -1,0 +1,1 @@
+"""Trainers: TRL's GRPOTrainer with another loss, each with its configuration."""

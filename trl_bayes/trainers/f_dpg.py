@@ -1,0 +1,105 @@
+"""f-DPG: any f-divergence to the posterior, minimised with its own pseudo-reward."""
+
+import textwrap
+from dataclasses import dataclass, field
+
+import torch
+
+from ..divergences import DIVERGENCES, Divergence, get_divergence
+from ..estimators import leave_one_out_mean, score_function_coefficient
+from .posterior_config import PosteriorConfig
+from .posterior_trainer import PosteriorTrainer, Sequences
+
+
+@dataclass
+class FDPGConfig(PosteriorConfig):
+    r"""
+    Configuration for the [`FDPGTrainer`].
+
+    This class includes only the parameters that are specific to f-DPG. For the others see [`PosteriorConfig`] and
+    [`~trl.GRPOConfig`].
+
+    Parameters:
+        divergence (`str`, *optional*, defaults to `"jensen_shannon"`):
+            Divergence `D_f(pi||p)` to minimise: `forward_kl`, `reverse_kl`, `jensen_shannon`, `total_variation`,
+            `squared_hellinger`, `pearson_chi2`, `neyman_chi2` or `alpha`.
+        alpha (`float`, *optional*):
+            Order of the `alpha` divergence: 0 is forward KL, 1 is reverse KL.
+    """
+
+    divergence: str = field(
+        default="jensen_shannon",
+        metadata={"help": "Divergence D_f(pi||p) to minimise.", "choices": list(DIVERGENCES)},
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Order of the 'alpha' divergence: 0 is forward KL, 1 is reverse KL."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_divergence(self.divergence, self.alpha)  # refuses an unknown one before any model is loaded
+
+
+class FDPGTrainer(PosteriorTrainer):
+    """
+    Trainer for f-DPG, from [Aligning Language Models with Preferences through f-divergence
+    Minimization](https://huggingface.co/papers/2302.08215).
+
+    The only change with respect to [`~trl.GRPOTrainer`] is the loss, an f-divergence between the policy and the
+    posterior `p ∝ pi_0 exp(phi)`. With `t = pi/p` its gradient is
+
+        grad D_f(pi||p) = E_pi[f'(t) grad log pi],
+
+    a policy gradient with the pseudo-reward `-f'(t)` and its leave-one-out mean as baseline. Completions of an earlier
+    policy (`num_iterations` > 1, vLLM) are weighted by the sequence's ratio `pi/q`, unclipped.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_bayes import FDPGConfig, FDPGTrainer
+
+    >>> trainer = FDPGTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=FDPGConfig(output_dir="out", divergence="jensen_shannon", beta=0.1),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        args ([`FDPGConfig`], *optional*): Configuration.
+        target ([`~trl_bayes.targets.Target`], *optional*): The posterior; defaults to `Tilt(beta=args.beta)`.
+
+    All other arguments are those of [`~trl.GRPOTrainer`].
+    """
+
+    _tag_names = ["trl", "trl-bayes", "f-dpg"]
+    _name = "f-DPG"
+    _paper = {
+        "title": "Aligning Language Models with Preferences through f-divergence Minimization",
+        "id": "2302.08215",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{go2023aligning,
+                title        = {{Aligning Language Models with Preferences through f-divergence Minimization}},
+                author       = {Dongyoung Go and Tomasz Korbak and Germ{\\`a}n Kruszewski and Jos Rozen and Nahyeon Ryu and Marc Dymetman},
+                year         = 2023,
+                booktitle    = {International Conference on Machine Learning},
+                eprint       = {arXiv:2302.08215},
+            }"""),  # noqa: E501
+    }
+
+    config_class = FDPGConfig
+
+    def make_divergence(self, args: FDPGConfig) -> Divergence:
+        return get_divergence(args.divergence, args.alpha)
+
+    def coefficient(self, sequences: Sequences) -> torch.Tensor:
+        return score_function_coefficient(*sequences, self.divergence)
+
+    def baseline(self, group: Sequences, valid: torch.Tensor) -> torch.Tensor:
+        return leave_one_out_mean(self.pseudo_reward(group), valid)

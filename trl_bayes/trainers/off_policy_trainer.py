@@ -1,0 +1,109 @@
+"""Reuse of completions from earlier policies, for the losses that stay exact under it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .posterior_config import PosteriorConfig
+from .posterior_trainer import PosteriorTrainer
+from .replay_buffer import ReplayBuffer, append_rows
+
+
+@dataclass
+class OffPolicyConfig(PosteriorConfig):
+    r"""
+    Configuration shared by the trainers whose loss needs no on-policy samples.
+
+    This class includes only the parameters that control replay. For the others see [`PosteriorConfig`] and
+    [`~trl.GRPOConfig`].
+
+    Parameters:
+        replay_buffer_size (`int`, *optional*, defaults to `0`):
+            Number of past completions that each process keeps, with their recorded `log q`. 0 keeps none.
+        replay_ratio (`float`, *optional*, defaults to `1.0`):
+            Replayed completions added to a generated batch, per fresh one. The micro-batches of the update grow by
+            this factor, once the buffer holds enough.
+    """
+
+    replay_buffer_size: int = field(
+        default=0,
+        metadata={"help": "Number of past completions that each process keeps for replay. 0 keeps none."},
+    )
+    replay_ratio: float = field(
+        default=1.0,
+        metadata={"help": "Replayed completions added to a generated batch, per fresh one."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replay_buffer_size < 0:
+            raise ValueError(
+                f"`replay_buffer_size={self.replay_buffer_size}` must not be negative: 0 means no replay."
+            )
+        if self.replay_buffer_size == 0:
+            return
+        if not self.replay_ratio > 0:
+            raise ValueError(
+                f"`replay_ratio={self.replay_ratio}` must be positive: 0 replay is `replay_buffer_size=0`."
+            )
+        if self.replay_buffer_size < self.num_replayed:
+            raise ValueError(
+                f"`replay_buffer_size={self.replay_buffer_size}` holds fewer completions than the {self.num_replayed} "
+                "that `replay_ratio` adds to each batch: increase the size or lower the ratio."
+            )
+
+    @property
+    def num_replayed(self) -> int:
+        """Replayed completions per generated batch and process: a multiple of `steps_per_generation`."""
+        per_step = round(self.replay_ratio * self.per_device_train_batch_size)
+        return max(per_step, 1) * (self.steps_per_generation or 1)
+
+    @property
+    def reuses_samples(self) -> bool:
+        """Whether a completion is used after the policy that sampled it has been updated."""
+        return self.num_iterations > 1 or self.replay_buffer_size > 0
+
+
+class OffPolicyTrainer(PosteriorTrainer):
+    """A [`PosteriorTrainer`] that can add completions of earlier policies to each batch, with their recorded `q`."""
+
+    args: OffPolicyConfig
+    config_class = OffPolicyConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        size = self.args.replay_buffer_size
+        seed = self.args.seed + self.accelerator.process_index
+        self.replay_buffer = ReplayBuffer(size, seed) if size > 0 else None
+        if size > 0 and self._is_vlm:
+            raise ValueError("Replay keeps text only: leave `replay_buffer_size` at 0 with a vision-language model.")
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.replay_buffer is None or not self.model.training:
+            return output
+        fresh = output
+        if len(self.replay_buffer) >= self.args.num_replayed:
+            rows = self.replay_buffer.sample(self.args.num_replayed)
+            output = append_rows(fresh, rows, self._tokenizer.pad_token_id)
+            self._refresh_log_z(output, start=len(fresh["usable"]))
+        self._mode_metrics["posterior/replayed_frac"].append(1 - len(fresh["usable"]) / len(output["usable"]))
+        self.replay_buffer.add(fresh)
+        return output
+
+    def _refresh_log_z(self, batch: dict[str, Any], start: int) -> None:
+        """The evidence of replayed prompts may be known better by now than when they were sampled."""
+        if self.running_partition is not None:
+            log_z = batch["log_z"].clone()
+            log_z[start:] = self.running_partition.log_partition(batch["prompt_key"][start:])
+            batch["log_z"] = log_z
+
+    def posterior_state(self) -> dict[str, Any]:
+        state = super().posterior_state()
+        if self.replay_buffer is not None:
+            state["replay_buffer"] = self.replay_buffer.state_dict()
+        return state
+
+    def load_posterior_state(self, state: dict[str, Any]) -> None:
+        super().load_posterior_state(state)
+        if self.replay_buffer is not None and "replay_buffer" in state:
+            self.replay_buffer.load_state_dict(state["replay_buffer"])

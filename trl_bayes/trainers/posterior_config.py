@@ -1,0 +1,205 @@
+"""Settings shared by all trainers, and the refusal of those under which the fixed point is not the posterior."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from trl import GRPOConfig
+
+from .exactness import as_mapping, distribution_altering_settings
+
+
+PARTITIONS = ("leave_one_out", "running")
+
+_NO_EFFECT = (
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "use_bias_correction_kl",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+)
+"""GRPO's own loss and clipping: accepted, so that a GRPO script runs as it is, and not used."""
+
+
+@dataclass
+class PosteriorConfig(GRPOConfig):
+    r"""
+    Configuration shared by the trainers of trl_bayes.
+
+    This class includes only the parameters that are specific to trl_bayes. All others are those of
+    [`~trl.GRPOConfig`], with the defaults changed to the exact ones (`scale_rewards="none"`, `disable_dropout=True`):
+    with them the trainer's fixed point is the posterior. Settings that would move the fixed point are refused.
+
+    Parameters:
+        beta (`float`, *optional*, defaults to `0.1`):
+            Temperature of the posterior `p ∝ pi_0 exp(r / beta)`, in units of reward per nat. This is the coefficient
+            of KL-regularised RL, `E[r] - beta KL(pi||pi_0)`. `0.0` (no prior: pure RL) is for [`KLRLTrainer`] only.
+        target (`str` or `dict[str, Any]`, *optional*):
+            The posterior to approximate: a name (`tilt`, `constraint`, `product`), a mapping with `name` and the
+            target's arguments, or the dotted path of a [`~trl_bayes.targets.Target`] class. Defaults to `tilt` with
+            temperature `beta` over the weighted sum of the rewards.
+        partition (`str`, *optional*, defaults to `"running"`):
+            How the evidence `Z(x)` is estimated. `"leave_one_out"`: from the other completions of the group.
+            `"running"`: the same, pooled with all earlier visits to the prompt, which is sharper where prompts come
+            back and the same where they do not.
+        pseudo_reward_cap (`float`, *optional*):
+            Largest magnitude of a completion's centred pseudo-reward (the factor of `grad log pi`, in nats). `None`
+            is exact; a cap (alpha-DPG uses 10) trades bias for stability, and `posterior/capped_frac` says how often
+            it acts.
+        prior_model_name_or_path (`str`, *optional*):
+            The prior `pi_0`, when it is not the model that training starts from. Loaded with `model_init_kwargs`.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target"]
+
+    allows_zero_beta: ClassVar[bool] = False
+
+    # Parameters whose default values are overridden from GRPOConfig
+    beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Temperature of the posterior p ∝ pi_0 exp(r / beta), in units of reward per nat: the coefficient "
+            "of KL-regularised RL. 0.0 (no prior, pure RL) is for KLRLTrainer only."
+        },
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={
+            "help": "Must be 'none': dividing rewards by their standard deviation changes the posterior's temperature "
+            "from prompt to prompt."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to disable dropout. With dropout the policy that is scored is not the one that sampled."
+        },
+    )
+
+    # Parameters that control the target
+    target: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "The posterior to approximate: a name ('tilt', 'constraint', 'product'), a mapping with 'name' "
+            "and the target's arguments, or the dotted path of a Target class. Defaults to 'tilt'."
+        },
+    )
+    prior_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The prior pi_0, when it is not the model that training starts from."},
+    )
+
+    # Parameters that control the estimators
+    partition: str = field(
+        default="running",
+        metadata={
+            "help": "How the evidence Z(x) is estimated: 'leave_one_out' (the other completions of the group) or "
+            "'running' (the same, pooled with all earlier visits to the prompt).",
+            "choices": list(PARTITIONS),
+        },
+    )
+    pseudo_reward_cap: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest magnitude of a completion's centred pseudo-reward. None is exact; a cap trades bias for "
+            "stability (alpha-DPG uses 10)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_generations is not None and self.num_generations < 2:
+            raise ValueError(
+                f"`num_generations={self.num_generations}` leaves a completion without siblings for the leave-one-out "
+                "evidence and baseline: set `num_generations` to 2 or more."
+            )
+        super().__post_init__()
+        self._check_posterior_parameters()
+        refuse_inexact_sampling(self)
+        refuse_other_objectives(self)
+
+    def _check_posterior_parameters(self) -> None:
+        if not self.beta >= 0:  # also refuses NaN
+            raise ValueError(f"`beta={self.beta}` is not a temperature: set a positive number of reward per nat.")
+        if self.beta == 0 and not self.allows_zero_beta:
+            raise ValueError(
+                "`beta=0` has no posterior (it is pure RL): set `beta` > 0, or use KLRLTrainer for pure RL."
+            )
+        if self.partition not in PARTITIONS:
+            raise ValueError(f"Unknown `partition={self.partition!r}`: use one of {list(PARTITIONS)}.")
+        if self.pseudo_reward_cap is not None and not self.pseudo_reward_cap > 0:
+            raise ValueError(
+                f"`pseudo_reward_cap={self.pseudo_reward_cap}` must be positive: unset is the exact gradient."
+            )
+
+    def ineffective_settings(self) -> list[str]:
+        """GRPO parameters that the user changed and that these trainers do not use."""
+        return [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]
+
+
+def refuse_inexact_sampling(args: GRPOConfig) -> None:
+    """
+    Refuses settings under which completions are not samples of the distribution that is scored.
+
+    Raises:
+        ValueError: one sentence that names the setting, why, and what to set.
+    """
+    if not args.temperature > 0:
+        raise ValueError(f"`temperature={args.temperature}` does not sample: set it above 0 (1.0 is the model's).")
+    sampling = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    for source, settings in (("", sampling), (" in `generation_kwargs`", as_mapping(args.generation_kwargs))):
+        for name, exact in distribution_altering_settings(settings).items():
+            raise ValueError(
+                f"`{name}={settings[name]}`{source} changes the distribution that completions are sampled from, but "
+                f"not the one that is scored, so the result would not be the posterior: set it to {exact}."
+            )
+    if args.vllm_structured_outputs_regex is not None:
+        raise ValueError(
+            "`vllm_structured_outputs_regex` hides completions that the posterior may contain: leave it unset and "
+            "make the format a reward function of a `constraint` target."
+        )
+    if args.mask_truncated_completions:
+        raise ValueError(
+            "`mask_truncated_completions=True` drops outcomes that the policy does produce, so the result would not "
+            "be the posterior: set it to False, and give truncated completions a low reward if they are unwanted."
+        )
+
+
+def refuse_other_objectives(args: GRPOConfig) -> None:
+    """
+    Refuses settings that add to, or reshape, the objective, so that its optimum is not the posterior.
+
+    Raises:
+        ValueError: one sentence that names the setting, why, and what to set.
+    """
+    if args.scale_rewards != "none":
+        raise ValueError(
+            f"`scale_rewards={args.scale_rewards!r}` divides rewards by their standard deviation, so `beta` would not "
+            "be the posterior's temperature: set `scale_rewards='none'`."
+        )
+    if args.multi_objective_aggregation != "sum_then_normalize":
+        raise ValueError(
+            f"`multi_objective_aggregation={args.multi_objective_aggregation!r}` rescales each reward by its batch, "
+            "so the evidence would depend on the batch: set 'sum_then_normalize' and use `reward_weights`."
+        )
+    if args.sync_ref_model:
+        raise ValueError(
+            "`sync_ref_model=True` moves the prior, and the posterior with it, during training: set it to False."
+        )
+    if args.top_entropy_quantile < 1.0:
+        raise ValueError(
+            f"`top_entropy_quantile={args.top_entropy_quantile}` drops tokens from the gradient, so the result would "
+            "not be the posterior: set it to 1.0."
+        )
+    if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
+        raise ValueError(
+            "An entropy bonus moves the optimum away from the posterior, whose entropy the prior already sets: set "
+            "`entropy_coef=0.0` and `use_adaptive_entropy=False` (a larger `beta` keeps more of the prior's entropy)."
+        )
+    if args.off_policy_mask_threshold is not None:
+        raise ValueError(
+            "`off_policy_mask_threshold` drops completions by their weight, so the result would not be the posterior: "
+            "leave it unset (DPGTrainer and TrajectoryBalanceTrainer are safe off-policy)."
+        )

@@ -1,0 +1,486 @@
+"""The one file that touches TRL's methods: a GRPOTrainer whose fixed point is a chosen posterior."""
+
+import textwrap
+import warnings
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.fingerprint import Hasher
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
+from trl.trainer.utils import get_config_model_id
+
+from .. import estimators
+from ..divergences import Divergence
+from ..running_partition import RunningPartition
+from ..targets import Target, build_target
+from .exactness import as_mapping, distribution_altering_settings
+from .posterior_config import PosteriorConfig
+from .prior import load_prior
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+_MODEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+"""Inputs of TRL's scorer besides token ids: they come and go with the model's modality."""
+
+
+class Sequences(NamedTuple):
+    """Per-sequence quantities of one micro-batch, each of shape `(B,)`, in nats."""
+
+    log_policy: torch.Tensor  # log pi(y), the current policy's
+    log_target: torch.Tensor  # log P(y) = log pi_0(y) + phi(y); -inf outside the support
+    log_proposal: torch.Tensor  # log q(y), of the distribution that y was sampled from
+    log_z: torch.Tensor  # log Z(x)
+    baseline: torch.Tensor  # leave-one-out baseline of the pseudo-reward
+
+
+class PosteriorTrainer(GRPOTrainer):
+    """
+    Fine-tunes a language model towards a posterior: the prior updated by evidence, `p ∝ pi_0 exp(phi)`.
+
+    Drop-in for [`~trl.GRPOTrainer`]: the same constructor, datasets, reward functions, tools, PEFT, vLLM options,
+    callbacks and checkpoints. The only changes are the loss and what is computed from a group of completions. Each
+    completion contributes `c_i grad log pi(y_i)`; a subclass says what `c_i` is ([`~PosteriorTrainer.coefficient`])
+    and so how the distance to the posterior is measured and estimated. See [RL with KL penalties is better viewed as
+    Bayesian inference](https://huggingface.co/papers/2205.11275).
+
+    The loss that is logged is the estimate of the divergence `D_f(pi||p)` itself, in nats. Its gradient is divided by
+    `f''(1)` (1 for both KL divergences, 1/4 for Jensen-Shannon), so that learning rates and gradient clipping carry
+    over from one divergence to another.
+
+    Args:
+        args ([`PosteriorConfig`], *optional*):
+            Configuration. All other arguments are those of [`~trl.GRPOTrainer`], in the same order.
+        target ([`~trl_bayes.targets.Target`], `str` or `dict`, *optional*):
+            The posterior to approximate. Defaults to `args.target`, and then to `Tilt(beta=args.beta)` over the
+            weighted sum of the rewards.
+
+    Raises:
+        ValueError: before any model is loaded, if the target and the divergence do not go together.
+    """
+
+    _tag_names = ["trl", "trl-bayes"]
+    _name = "Posterior"
+    _paper = {
+        "title": "RL with KL penalties is better viewed as Bayesian inference",
+        "id": "2205.11275",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{korbak2022rl,
+                title        = {{RL with KL penalties is better viewed as Bayesian inference}},
+                author       = {Tomasz Korbak and Ethan Perez and Christopher L. Buckley},
+                year         = 2022,
+                booktitle    = {Findings of the Association for Computational Linguistics: EMNLP 2022},
+                eprint       = {arXiv:2205.11275},
+            }"""),
+    }
+
+    config_class: ClassVar[type[PosteriorConfig]] = PosteriorConfig
+    args: PosteriorConfig
+    model: PreTrainedModel
+    num_generations: int
+    num_generations_eval: int
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: PosteriorConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: "PeftConfig | None" = None,
+        tools: list[Callable] | None = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
+        *,
+        target: Target | str | dict[str, Any] | None = None,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"`{type(self).__name__}` takes a `{self.config_class.__name__}` as `args`, got "
+                f"`{type(args).__name__}`: change the class name, the fields are the same."
+            )
+        if target is not None and args.target is not None:
+            raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
+        self.divergence = self.make_divergence(args)
+        self.target = build_target(args.target if target is None else target, args.beta or 1.0)
+        self._refuse_infinite_divergence()
+        if ignored := args.ineffective_settings():
+            warnings.warn(f"{type(self).__name__} does not clip ratios, so {ignored} have no effect.", stacklevel=2)
+
+        # TRL loads a copy of the starting policy as the prior unless `beta` is zero
+        has_own_prior = args.prior_model_name_or_path is not None and args.beta != 0
+        beta, args.beta = args.beta, 0.0 if has_own_prior else args.beta
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        finally:
+            args.beta = beta
+        self.beta = beta
+        if has_own_prior:
+            self.ref_model = cast(PreTrainedModel, load_prior(self, args))
+        self._refuse_inexact_model_defaults()
+        self.target.bind(self.reward_func_names, self.reward_weights)
+        self.running_partition = RunningPartition() if args.partition == "running" else None
+        self._latest_rewards = torch.empty(0)  # of the latest generation, all processes: (B_global, K)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # What a subclass decides
+
+    @abstractmethod
+    def make_divergence(self, args: Any) -> Divergence:
+        """The divergence to the posterior that `args` ask for."""
+
+    @abstractmethod
+    def coefficient(self, sequences: Sequences) -> torch.Tensor:
+        """The factor `c_i` of `grad log pi(y_i)` in the gradient of the loss; no gradient flows through it."""
+
+    def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
+        """What a completion is worth, before the baseline: `-f'(t)` unless a subclass says otherwise."""
+        return -self.divergence.slope(log_density_ratio(sequences))
+
+    def baseline(self, group: Sequences, valid: torch.Tensor) -> torch.Tensor:
+        """The part of the pseudo-reward that does not depend on the completion itself; all shapes `(P, G)`."""
+        return torch.zeros_like(group.log_z)
+
+    def value(self, sequences: Sequences) -> torch.Tensor:
+        """What a completion adds to the logged loss: on average `D_f(pi||p)`, in nats."""
+        ratio = (sequences.log_policy - sequences.log_proposal).exp()
+        return ratio * self.divergence.f_over_t(log_density_ratio(sequences))
+
+    def estimate_log_z(
+        self, group: Sequences, valid: torch.Tensor, past: tuple[torch.Tensor, ...] = ()
+    ) -> torch.Tensor:
+        """The evidence `log Z` that each completion of a group is compared with; all shapes `(P, G)`."""
+        weights = estimators.log_weights(group.log_target, group.log_proposal)
+        return estimators.leave_one_out_log_partition(weights, valid, *past)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Refusals that need the target or the model
+
+    def _refuse_infinite_divergence(self) -> None:
+        if self.target.hard and not self.divergence.allows_hard_constraints:
+            raise ValueError(
+                f"The target {self.target!r} gives some completions no probability, and {self.divergence.name} is "
+                "infinite for a policy that produces them: use DPGTrainer, or FDPGTrainer or TrajectoryBalanceTrainer "
+                "with `divergence` 'forward_kl' or 'jensen_shannon', or a `tilt` target."
+            )
+
+    def _refuse_inexact_model_defaults(self) -> None:
+        """A model's own `generation_config` fills in what TRL leaves unset (e.g. `no_repeat_ngram_size`)."""
+        if self.use_vllm:
+            return  # vLLM is given TRL's settings only
+        set_by_trl = {"do_sample", *(name for name, value in self.generation_kwargs.items() if value is not None)}
+        own = {k: v for k, v in self.model.generation_config.to_dict().items() if k not in set_by_trl}
+        for name, exact in distribution_altering_settings(own).items():
+            raise ValueError(
+                f"The model's generation_config has `{name}={own[name]}`, which changes the distribution that "
+                f"completions are sampled from, but not the one that is scored: set `model.generation_config.{name}` "
+                f"to {exact}."
+            )
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # From a group of completions to what each of them needs in the loss
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list
+    ) -> torch.Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_global, K)
+        infinite = rewards.isinf()
+        self._mode_metrics["posterior/frac_infinite_reward"].append(infinite.any(dim=1).float().mean().item())
+        # No evidence can be read from an infinite reward: it is treated like one that does not apply
+        self._latest_rewards = rewards.masked_fill(infinite, torch.nan)
+        return self._latest_rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        keys = self._prompt_keys(inputs)  # before TRL adds fields to `inputs`
+        output = super()._generate_and_score_completions(inputs)
+        with torch.no_grad():
+            self._add_posterior_terms(output, keys)
+        return output
+
+    def _prompt_keys(self, inputs: list[dict[str, Any]]) -> torch.Tensor | None:
+        """Identity of each dataset row (evidence may depend on all its columns), int64 of shape `(B,)`."""
+        if self.running_partition is None:
+            return None
+        keys = [int(Hasher.hash(row)[:15], 16) for row in inputs]
+        return torch.tensor(keys, dtype=torch.int64, device=self.accelerator.device)
+
+    def _add_posterior_terms(self, output: dict[str, Any], keys: torch.Tensor | None) -> None:
+        """Computes what concerns whole groups, from all processes, and adds this process's rows to `output`."""
+        training = self.model.training
+        group_size = self.num_generations if training else self.num_generations_eval
+        local = self._sequence_log_probs(output)  # (B, 3)
+        log_policy, log_proposal, log_prior = self.accelerator.gather(local).view(-1, group_size, 3).unbind(dim=2)
+        phi = self._log_evidence().view(-1, group_size)  # (P, G)
+        valid = ~phi.isnan()
+        log_target = log_prior + phi.masked_fill(~valid, 0.0)
+        zeros = torch.zeros_like(log_target)
+        group = Sequences(log_policy, log_target, log_proposal, log_z=zeros, baseline=zeros)
+        past: tuple[torch.Tensor, ...] = ()
+        if self.running_partition is not None and keys is not None:
+            prompt_keys = self.accelerator.gather(keys).view(-1, group_size)[:, 0]  # (P,)
+            past = self.running_partition.past(prompt_keys)
+            if training:
+                weights = estimators.log_weights(log_target, log_proposal)
+                self.running_partition.update(prompt_keys, weights, valid)
+
+        log_z = self.estimate_log_z(group, valid, past)  # (P, G)
+        usable = valid & log_z.isfinite()  # a prompt without evidence has log Z = -inf
+        group = group._replace(log_z=log_z.masked_fill(~usable, 0.0))
+        group = group._replace(baseline=self.baseline(group, usable))
+        advantages = -self._capped(self._scaled_coefficient(group)).masked_fill(~usable, 0.0)
+        self._log_group(group, log_prior, valid, usable)
+
+        start = self.accelerator.process_index * local.size(0)
+        mine = slice(start, start + local.size(0))
+        terms = {
+            "log_target": log_target,
+            "log_proposal": log_proposal,
+            "log_z": group.log_z,
+            "baseline": group.baseline,
+            "usable": usable,
+            "advantages": advantages,
+        }
+        output |= {name: term.reshape(-1)[mine] for name, term in terms.items()}
+        if keys is not None:
+            output["prompt_key"] = keys
+        shown = cast("deque[float]", self._logs["advantages"])  # TRL's table of completions ends with this batch
+        for position, ours in zip(range(-advantages.numel(), 0), advantages.flatten().tolist(), strict=True):
+            shown[position] = ours
+
+    def _sequence_log_probs(self, output: dict[str, Any]) -> torch.Tensor:
+        """`log pi`, `log q` and `log pi_0` of this process's completions, summed over their own tokens: `(B, 3)`."""
+        mask = own_tokens(output)
+        policy = output.get("old_per_token_logps")
+        if policy is None:
+            policy = self._score(output)
+        proposal = output.get("sampling_per_token_logps")
+        # The sampler cannot score a token now and then (NaN): it is taken to agree with the policy there
+        proposal = policy if proposal is None else torch.where(proposal.isnan(), policy, proposal)
+        # Pure RL has no prior: log P is the evidence alone
+        prior = output["ref_per_token_logps"] if self.beta != 0 else torch.zeros_like(policy)
+        return (torch.stack([policy, proposal, prior], dim=2).float() * mask.unsqueeze(2)).sum(dim=1)
+
+    def _score(self, output: dict[str, Any]) -> torch.Tensor:
+        """The policy's per-token log-probabilities of freshly generated completions, `(B, T)`."""
+        args = self.args
+        batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        with disable_gradient_checkpointing(self.model, as_mapping(args.gradient_checkpointing_kwargs)):
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                self.model, **scorer_inputs(output), batch_size=batch_size
+            )
+        return logps
+
+    def _log_evidence(self) -> torch.Tensor:
+        """`phi` of the latest completions of all processes, `(B_global,)`, checked."""
+        rewards = self._latest_rewards
+        phi = self.target.log_evidence(rewards)
+        if not isinstance(phi, torch.Tensor) or phi.shape != rewards.shape[:1]:
+            got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
+            raise ValueError(
+                f"The target {self.target!r} returned {got} as log-evidence: return one value per completion, a "
+                f"tensor of shape {tuple(rewards.shape[:1])}."
+            )
+        if (phi == torch.inf).any():
+            raise ValueError(
+                f"The target {self.target!r} returned +inf as log-evidence, which no posterior can have: bound it."
+            )
+        if (phi == -torch.inf).any() and not self.divergence.allows_hard_constraints:
+            raise ValueError(
+                f"The target {self.target!r} returned -inf as log-evidence, where {self.divergence.name} is infinite: "
+                "choose a divergence that allows it ('forward_kl', 'jensen_shannon'), or a finite penalty."
+            )
+        return phi
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # The loss
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        mask = own_tokens(inputs)
+        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+            model, **scorer_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+        )
+        log_policy = (logps * mask).sum(dim=1)  # (B,)
+        sequences = Sequences(
+            log_policy.detach(), inputs["log_target"], inputs["log_proposal"], inputs["log_z"], inputs["baseline"]
+        )
+        exact = self._scaled_coefficient(sequences)
+        coefficient = torch.where(inputs["usable"], self._capped(exact), 0.0)
+        value = self.value(sequences)
+        value = torch.where(inputs["usable"] & value.isfinite(), value, 0.0)
+        # The value of the divergence with the gradient of the estimator; completions left out still count in the mean
+        loss = (value + coefficient * (log_policy - log_policy.detach())).mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            self._mode_metrics["aux_loss"].append(self.accelerator.gather(aux_loss).mean().item())
+        self._log_loss(entropies, mask, (coefficient != exact) & inputs["usable"])
+        return loss / self.current_gradient_accumulation_steps if self.model.training else loss
+
+    def _scaled_coefficient(self, sequences: Sequences) -> torch.Tensor:
+        """The gradient of `D_f / f''(1)`: all divergences pull equally hard near the posterior, as KL does."""
+        return self.coefficient(sequences) / self.divergence.curvature
+
+    def _capped(self, coefficient: torch.Tensor) -> torch.Tensor:
+        cap = self.args.pseudo_reward_cap
+        return coefficient if cap is None else coefficient.clamp(-cap, cap)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Metrics
+
+    @property
+    def _mode_metrics(self) -> dict[str, list[float]]:
+        return self._metrics["train" if self.model.training else "eval"]
+
+    def _log_group(self, group: Sequences, log_prior: torch.Tensor, valid: torch.Tensor, usable: torch.Tensor) -> None:
+        """Logs where the policy stands. Means over prompts; a prompt for which a quantity is unknown is left out."""
+        pseudo_reward = self.pseudo_reward(group)[usable]
+        metrics = {
+            "posterior/frac_unscored": (~valid).float().mean(),
+            "posterior/pseudo_reward_mean": pseudo_reward.mean(),
+            "posterior/pseudo_reward_std": pseudo_reward.std(correction=0),
+        }
+        if self.beta != 0:
+            weights = estimators.log_weights(group.log_target, group.log_proposal)
+            log_z = group.log_z.masked_fill(~usable, torch.nan).nanmean(dim=1)  # (P,)
+            fit = estimators.divergence_estimates(
+                group.log_policy, log_prior, group.log_target, group.log_proposal, log_z, valid
+            )
+            no_evidence = (weights.masked_fill(~valid, estimators.NEG_INF) == estimators.NEG_INF).all(dim=1)
+            metrics |= {
+                "posterior/log_z": log_z.nanmean(),
+                "posterior/ess": estimators.effective_sample_size(weights, valid).mean(),
+                "posterior/frac_no_evidence": no_evidence.float().mean(),
+                **{f"posterior/{name}": estimate.nanmean() for name, estimate in fit._asdict().items()},
+            }
+        for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True):
+            self._mode_metrics[name].append(value)
+
+    def _log_loss(self, entropies: torch.Tensor, mask: torch.Tensor, capped: torch.Tensor) -> None:
+        sums = torch.stack([(entropies * mask).sum(), mask.sum(), capped.sum(), mask.new_tensor(capped.numel())])
+        entropy, tokens, num_capped, num_sequences = self.accelerator.reduce(sums.float(), reduction="sum").tolist()
+        self._mode_metrics["entropy"].append(entropy / max(tokens, 1.0))
+        self._mode_metrics["posterior/capped_frac"].append(num_capped / num_sequences)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def posterior_state(self) -> dict[str, Any]:
+        """What this process must remember across a restart, besides the model and the optimizer."""
+        state: dict[str, Any] = {
+            "trainer": type(self).__name__,
+            "target_settings": repr(self.target),
+            "target": self.target.state_dict(),
+        }
+        if self.running_partition is not None:
+            state["running_partition"] = self.running_partition.state_dict()
+        return state
+
+    def load_posterior_state(self, state: dict[str, Any]) -> None:
+        """Restores [`~PosteriorTrainer.posterior_state`]; refuses that of another trainer or target."""
+        for name, ours in (("trainer", type(self).__name__), ("target_settings", repr(self.target))):
+            if state[name] != ours:
+                raise ValueError(
+                    f"The checkpoint was written by a run with {state[name]}, this one has {ours}: resume with the "
+                    "same trainer and target, or start a new run from the checkpoint's weights."
+                )
+        self.target.load_state_dict(state["target"])
+        if self.running_partition is not None and "running_partition" in state:
+            self.running_partition.load_state_dict(state["running_partition"])
+
+    def _posterior_state_file(self, checkpoint: str | Path) -> Path:
+        return Path(checkpoint) / f"posterior_state_{self.accelerator.process_index}.pt"
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not self.args.save_only_model:
+            # Before TRL writes the rest: a checkpoint that a kill leaves without this file is not a complete one
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.posterior_state(), self._posterior_state_file(folder))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = self._posterior_state_file(checkpoint)
+        if not file.exists():
+            warnings.warn(f"{file} is missing: what was learnt about the evidence starts afresh.", stacklevel=2)
+            return
+        self.load_posterior_state(torch.load(file, weights_only=True))
+
+
+def log_density_ratio(sequences: Sequences) -> torch.Tensor:
+    """`log t = log pi - log p`, in nats; `+inf` outside the posterior's support."""
+    return sequences.log_policy - sequences.log_target + sequences.log_z
+
+
+def own_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """Mask `(B, T)` of the tokens that the policy itself produced: completions without padding and tool results."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def scorer_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of TRL's scorer from the tensors of a batch."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        "logits_to_keep": inputs["completion_ids"].size(1),
+        **{name: inputs[name] for name in _MODEL_INPUTS if name in inputs},
+    }

@@ -1,0 +1,135 @@
+"""f-TB: one off-policy loss for every divergence to the posterior."""
+
+import textwrap
+from dataclasses import dataclass, field
+
+import torch
+
+from ..divergences import DIVERGENCES, Divergence, get_divergence
+from ..estimators import matched_log_partition, trajectory_balance_coefficient
+from .off_policy_trainer import OffPolicyConfig, OffPolicyTrainer
+from .posterior_config import PARTITIONS
+from .posterior_trainer import Sequences, log_density_ratio
+
+
+@dataclass
+class TrajectoryBalanceConfig(OffPolicyConfig):
+    r"""
+    Configuration for the [`TrajectoryBalanceTrainer`].
+
+    This class includes only the parameters that are specific to trajectory balance. For the others see
+    [`OffPolicyConfig`], [`PosteriorConfig`] and [`~trl.GRPOConfig`].
+
+    Parameters:
+        divergence (`str`, *optional*, defaults to `"reverse_kl"`):
+            Divergence whose f-TB loss is minimised; `reverse_kl` is the squared log-ratio (VarGrad). The names are
+            those of [`FDPGConfig`].
+        alpha (`float`, *optional*):
+            Order of the `alpha` divergence: 0 is forward KL, 1 is reverse KL.
+        partition (`str`, *optional*, defaults to `"leave_one_out"`):
+            How `log Z` is estimated; see [`TrajectoryBalanceTrainer`].
+    """
+
+    # Parameters whose default values are overridden from PosteriorConfig
+    partition: str = field(
+        default="leave_one_out",
+        metadata={
+            "help": "How log Z is estimated: 'leave_one_out' (on-policy the constant that fits the siblings best, "
+            "else their importance weights) or 'running' (importance weights of all visits to the prompt).",
+            "choices": list(PARTITIONS),
+        },
+    )
+
+    divergence: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence whose f-TB loss is minimised.", "choices": list(DIVERGENCES)},
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Order of the 'alpha' divergence: 0 is forward KL, 1 is reverse KL."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_divergence(self.divergence, self.alpha)  # refuses an unknown one before any model is loaded
+
+
+class TrajectoryBalanceTrainer(OffPolicyTrainer):
+    """
+    Trainer for trajectory balance with any f-divergence, from f-TB (https://huggingface.co/papers/2605.15417) and
+    [VarGrad](https://huggingface.co/papers/2010.10436).
+
+    The only change with respect to [`~trl.GRPOTrainer`] is the loss. With `Delta = log pi - log P + log Z` the
+    log-ratio to the posterior `p = P / Z`,
+
+        loss = E_q[L_f(Delta)],        L_f(Delta) = integral_0^Delta (f'(e^s) - f'(1)) ds,
+
+    which is `Delta^2 / 2` for `reverse_kl`. On-policy its gradient is that of `D_f(pi||p)`; with completions of any
+    other policy `q` that covers the posterior's support its minimum stays at `pi = p`, without importance ratios or
+    clipping. That makes it the choice for replay and asynchronous sampling.
+
+    On-policy with `partition="leave_one_out"`, `log Z` is the constant that fits the siblings best under `L_f` (their
+    mean, for `reverse_kl`). Where completions are reused it is the importance estimate, which does not go stale.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_bayes import TrajectoryBalanceConfig, TrajectoryBalanceTrainer
+
+    >>> trainer = TrajectoryBalanceTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=TrajectoryBalanceConfig(output_dir="out", beta=0.1, replay_buffer_size=4096),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        args ([`TrajectoryBalanceConfig`], *optional*): Configuration.
+        target ([`~trl_bayes.targets.Target`], *optional*): The posterior; defaults to `Tilt(beta=args.beta)`.
+
+    All other arguments are those of [`~trl.GRPOTrainer`].
+    """
+
+    _tag_names = ["trl", "trl-bayes", "trajectory-balance"]
+    _name = "Trajectory Balance"
+    _paper = {
+        "title": "VarGrad: A Low-Variance Gradient Estimator for Variational Inference",
+        "id": "2010.10436",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{richter2020vargrad,
+                title        = {{VarGrad: A Low-Variance Gradient Estimator for Variational Inference}},
+                author       = {Lorenz Richter and Ayman Boustati and Nikolas N{\\"u}sken and Francisco J. R. Ruiz and {\\"O}mer Deniz Akyildiz},
+                year         = 2020,
+                booktitle    = {Advances in Neural Information Processing Systems},
+                eprint       = {arXiv:2010.10436},
+            }"""),  # noqa: E501
+    }
+
+    config_class = TrajectoryBalanceConfig
+    args: TrajectoryBalanceConfig
+
+    def make_divergence(self, args: TrajectoryBalanceConfig) -> Divergence:
+        return get_divergence(args.divergence, args.alpha)
+
+    def estimate_log_z(
+        self, group: Sequences, valid: torch.Tensor, past: tuple[torch.Tensor, ...] = ()
+    ) -> torch.Tensor:
+        if past or self.args.reuses_samples:
+            return super().estimate_log_z(group, valid, past)
+        return matched_log_partition(group.log_policy - group.log_target, valid, self.divergence)
+
+    def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
+        return -self.coefficient(sequences)
+
+    def coefficient(self, sequences: Sequences) -> torch.Tensor:
+        return trajectory_balance_coefficient(
+            sequences.log_policy, sequences.log_target, sequences.log_z, self.divergence
+        )
+
+    def value(self, sequences: Sequences) -> torch.Tensor:
+        return self.divergence.loss(log_density_ratio(sequences))
