@@ -1,0 +1,187 @@
+"""Evidence about one line of Python: does the line that the model completed parse, and what does it hold?
+
+Every function here is a TRL reward function, `(prompts, completions, **kwargs) -> list[float | None]`, whose value is
+0.0 or 1.0, so that it serves both as a reward and as a constraint. What is judged is the *completed line*, prompt and
+completion together:
+
+ - standard format: `prompt + completion`;
+ - conversational format: what the assistant says, which is a reply and not the continuation of the user's message.
+   Where the prompt ends with a message by the assistant (a prefill), the line begins there.
+
+Nothing is executed, and no text, however odd, raises.
+"""
+
+import ast
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+
+RewardFunction = Callable[..., list[float | None]]
+
+# A name, or what has to be stepped over because names inside it are not tokens: strings and comments. The order
+# matters: three quotes before one, and a string with its prefix (b, rf, ...) before a name, which the prefix is not.
+_NAME_OR_SKIPPED = re.compile(
+    r'(?:\b[rbuf]{1,2})?(?:"""(?:\\.|[^\\])*?"""|\'\'\'(?:\\.|[^\\])*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')'
+    r"|\#[^\n]*"
+    r"|(?P<name>\b[^\W\d]\w*)",
+    re.DOTALL | re.IGNORECASE,
+)
+
+# Surroundings that make a statement legal which is not legal alone: `return`, `await` and `break` need the first,
+# `yield from` the second, `from m import *` the last.
+_SURROUNDINGS = ("async def f():\n while 1: pass", "def f():\n while 1: pass", "")
+
+
+def parses(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
+    """1[the completed line is one Python statement].
+
+    The statement may need surroundings that a line alone does not have: `return x` and `await f()` count, as they do
+    for `ast.parse`. An empty line, a comment, two statements (`a; b`), an indented line and several lines do not.
+
+    Args:
+        prompts: Prompts, as texts or as lists of messages.
+        completions: Completions, as texts or as lists of messages.
+        **kwargs: Whatever else TRL passes; not used.
+
+    Returns:
+        1.0 or 0.0 for every completion.
+    """
+    with warnings.catch_warnings():  # once a batch: it is as slow as parsing a line
+        warnings.simplefilter("ignore")
+        return [float(_statement(line) is not None) for line in _completed_lines(prompts, completions)]
+
+
+def no_syntax_warning(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
+    """1[the completed line parses, and the compiler has nothing to warn about].
+
+    The compiler warns about what is legal and all the same almost certainly a mistake, such as `x is 1`,
+    `assert (x, "message")`, `"text"(x)` or the escape `"\\d"`. What it warns about differs a little between
+    versions of Python.
+
+    Args:
+        prompts: Prompts, as texts or as lists of messages.
+        completions: Completions, as texts or as lists of messages.
+        **kwargs: Whatever else TRL passes; not used.
+
+    Returns:
+        1.0 or 0.0 for every completion; 0.0 for a line that does not parse.
+    """
+    rewards: list[float | None] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for line in _completed_lines(prompts, completions):
+            caught.clear()
+            statement = _statement(line)
+            if statement is not None:
+                _compile_in_surroundings(statement)
+            rewards.append(float(statement is not None and not caught))
+    return rewards
+
+
+def max_length(characters: int) -> RewardFunction:
+    """Make the reward 1[the completed line has at most `characters` characters].
+
+    Args:
+        characters: Longest length that still gets 1.0, counted over prompt and completion.
+
+    Returns:
+        A reward function, called `max_length_<characters>` in TRL's logs.
+
+    Raises:
+        ValueError: If `characters` is negative.
+    """
+    if characters < 0:
+        raise ValueError(f"`characters` must not be negative, but is {characters}.")
+
+    def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
+        return [float(len(line) <= characters) for line in _completed_lines(prompts, completions)]
+
+    return _named(reward, f"max_length_{characters}")
+
+
+def contains_name(name: str) -> RewardFunction:
+    """Make the reward 1[the identifier or keyword `name` is a token of the completed line].
+
+    `self` is a token of `self.x = 1`, but not of `myself = 1`, `"self"` or `# self`; a string counts as a whole,
+    f-strings included. The line need not parse.
+
+    Args:
+        name: An identifier or keyword.
+
+    Returns:
+        A reward function, called `contains_name_<name>` in TRL's logs.
+
+    Raises:
+        ValueError: If `name` is not an identifier.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"`name` must be a Python identifier, but is {name!r}.")
+
+    def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
+        return [float(_has_name(line, name)) for line in _completed_lines(prompts, completions)]
+
+    return _named(reward, f"contains_name_{name}")
+
+
+def _named(reward: RewardFunction, name: str) -> RewardFunction:
+    """Give a reward function the name under which TRL logs it."""
+    reward.__name__ = reward.__qualname__ = name
+    return reward
+
+
+def _has_name(line: str, name: str) -> bool:
+    if name not in line:  # most lines end here, without the regular expression
+        return False
+    return any(match["name"] == name for match in _NAME_OR_SKIPPED.finditer(line))
+
+
+def _statement(line: str) -> ast.stmt | None:
+    """Return the only statement of a line, or None where the line is not exactly one statement."""
+    line = line.rstrip()
+    if not line or "\n" in line or "\r" in line:
+        return None
+    try:
+        body = ast.parse(line).body
+    except Exception:
+        # Mostly SyntaxError. But null bytes and lone surrogates give ValueError, and deep nesting gives MemoryError,
+        # RecursionError or SystemError, depending on the version of Python.
+        return None
+    return body[0] if len(body) == 1 else None
+
+
+def _compile_in_surroundings(statement: ast.stmt) -> None:
+    """Compile a statement (never run it) where it is legal, so that the compiler can issue its warnings."""
+    for source in _SURROUNDINGS:
+        module = ast.parse(source)
+        if module.body:
+            module.body[0].body[0].body = [statement]  # type: ignore[attr-defined]
+        else:
+            module.body = [statement]
+        try:
+            compile(module, "<line>", "exec", dont_inherit=True)
+            return
+        except Exception:  # not legal here, or too deep for the compiler: then there is no warning to be had
+            continue
+
+
+def _completed_lines(prompts: list[Any], completions: list[Any]) -> list[str]:
+    return [
+        _text(prompt[-1:] if isinstance(prompt, list) else prompt) + _text(completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def _text(value: str | list[dict[str, Any]] | None) -> str:
+    """Return a text, or what the assistant says in some messages; one without text (a tool call) adds nothing."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    contents = [message.get("content") for message in value if message.get("role") == "assistant"]
+    texts: list[str] = []
+    for content in contents:
+        if isinstance(content, list):  # blocks, as multimodal models have them
+            texts.extend(block.get("text") or "" for block in content)
+        else:
+            texts.append(content or "")
+    return "".join(texts)
