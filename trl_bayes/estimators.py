@@ -9,6 +9,7 @@ per-sequence log-probabilities in nats. With `P(y|x) = pi_0(y|x) exp(phi(x, y))`
 knows a model or a trainer, and every function is checked against exact enumeration in `tests/test_estimators.py`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ from .divergences import Divergence
 
 
 NEG_INF = float("-inf")
-_SEARCH_MARGIN = 30.0  # nats below the group's own range: e^-30 of the mass
-_BISECTIONS = 40  # a range of 1e3 nats to 1e-9
+_SEARCH_MARGIN = 1e3  # nats: as far as completions outside the support may pull the fitted log Z down
+_BISECTIONS = 50  # to the last bit of float32, and 1e-12 of float64
 
 
 class DivergenceEstimates(NamedTuple):
@@ -27,6 +28,11 @@ class DivergenceEstimates(NamedTuple):
     kl_prior: torch.Tensor
     reverse_kl: torch.Tensor
     forward_kl: torch.Tensor
+
+
+def finite_exp(x: torch.Tensor) -> torch.Tensor:
+    """`e^x`, at most the root of the largest float: what lies beyond is as good as infinite, but must not overflow."""
+    return x.clamp(max=math.log(torch.finfo(x.dtype).max) / 2).exp()
 
 
 def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.Tensor:
@@ -114,7 +120,8 @@ def matched_log_partition(log_ratio: torch.Tensor, valid: torch.Tensor, divergen
         divergence ([`~trl_bayes.divergences.Divergence`]): whose `L_f` is minimised.
 
     Returns:
-        `torch.Tensor`: shape `(P, G)`. A sample none of whose siblings carries evidence is fitted with itself.
+        `torch.Tensor`: shape `(P, G)`. A sample none of whose siblings carries evidence is fitted with itself; a
+        prompt without any evidence has `-inf`.
     """
     if divergence.name == "reverse_kl":  # quadratic: the minimum is the mean, no search
         return -leave_one_out_mean(log_ratio, valid)
@@ -136,19 +143,20 @@ def matched_log_partition(log_ratio: torch.Tensor, valid: torch.Tensor, divergen
         slopes = divergence.loss_slope(log_ratio.unsqueeze(1) + middle.unsqueeze(2))  # (P, i, j)
         rising = torch.where(members, slopes, 0.0).sum(dim=2) > 0
         low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
-    return (low + high) / 2
+    return ((low + high) / 2).masked_fill(~supported.any(dim=1, keepdim=True), NEG_INF)
 
 
 def leave_one_out_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """
-    Baseline of each sample: the mean of its valid siblings' values, shape `(P, G)`; 0 where there is no sibling.
+    Baseline of each sample: the mean of its valid siblings' values, shape `(P, G)`.
 
-    The baseline does not depend on the sample, so it leaves the score-function gradient unbiased.
+    The baseline does not depend on the sample, so it leaves the score-function gradient unbiased. A sample without
+    siblings has nothing to be compared with: its baseline is its own value, so that it gives no gradient.
     """
     values = values.masked_fill(~valid, 0.0)
     others = values.sum(dim=1, keepdim=True) - values
     count = valid.sum(dim=1, keepdim=True) - valid.to(torch.long)
-    return others / count.clamp(min=1)
+    return torch.where(count > 0, others / count.clamp(min=1), values)
 
 
 def effective_sample_size(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -194,13 +202,13 @@ def divergence_estimates(
     def mean(values: torch.Tensor) -> torch.Tensor:
         return values.masked_fill(~valid, 0.0).sum(dim=1) / count
 
-    ratio = (log_policy - log_proposal).exp()
+    ratio = finite_exp(log_policy - log_proposal)
     log_p = log_target - log_z  # normalised posterior
     kl_prior = mean(ratio * (log_policy - log_prior))
     reverse_kl = mean(ratio * (log_policy - log_p))
     outside = log_p == NEG_INF
     surprise = (log_p - log_policy).masked_fill(outside, 0.0)  # 0 log 0 = 0
-    forward_kl = mean((log_p - log_proposal).exp() * surprise)
+    forward_kl = mean(finite_exp(log_p - log_proposal) * surprise)
     known = valid.any(dim=1) & (log_z > NEG_INF).all(dim=1)
 
     def where_known(values: torch.Tensor) -> torch.Tensor:
@@ -234,7 +242,7 @@ def score_function_coefficient(
         `torch.Tensor`: same shape.
     """
     slope = divergence.slope(log_policy - log_target + log_z)
-    return (log_policy - log_proposal).exp() * (slope + baseline)
+    return finite_exp(log_policy - log_proposal) * (slope + baseline)
 
 
 def importance_coefficient(
@@ -253,7 +261,7 @@ def importance_coefficient(
     Returns:
         `torch.Tensor`: same shape.
     """
-    return (log_policy - log_proposal).exp() - (log_target - log_z - log_proposal).exp()
+    return finite_exp(log_policy - log_proposal) - finite_exp(log_target - log_z - log_proposal)
 
 
 def trajectory_balance_coefficient(

@@ -63,7 +63,7 @@ class RunningPartition:
     def log_partition(self, keys: torch.Tensor) -> torch.Tensor:
         """The estimate `log Z` of some prompts, shape `(P,)`, in nats; `-inf` where nothing is known."""
         log_sum, count = self.past(keys)
-        return log_sum - count.clamp(min=1).log()
+        return torch.where(count > 0, log_sum - count.log(), NEG_INF)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state as three lists, for a checkpoint."""

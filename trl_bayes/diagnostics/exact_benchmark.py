@@ -5,7 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -129,6 +129,7 @@ def train(
     method: Method,
     *,
     seed: int = 0,
+    start_seed: int | None = None,
     evaluate_at: Iterable[int] = (),
     callback: TrainerCallback | None = None,
     **settings: Any,
@@ -139,6 +140,7 @@ def train(
     Args:
         problem ([`Problem`]), method ([`Method`]): what to run.
         seed (`int`, *optional*, defaults to `0`): of the training run; the prior is the problem's.
+        start_seed (`int`, *optional*): trains from a tiny model of this seed and keeps the problem's as the prior.
         evaluate_at (`Iterable[int]`, *optional*): steps after which to record the fit in the curve.
         callback ([`~transformers.TrainerCallback`], *optional*): to watch the run.
         settings: training arguments that differ from the defaults here, 400 steps of 256 completions in groups of 16.
@@ -171,8 +173,12 @@ def train(
             **method.settings,
             **settings,
         }
+        start_path = model_path
+        if start_seed is not None:
+            start_path = replace(task, seed=start_seed).build_model(f"{folder}/start")
+            arguments["prior_model_name_or_path"] = model_path
         trainer = method.trainer(
-            model=model_path,
+            model=start_path,
             reward_funcs=task.reward_func,
             args=method.config(output_dir=f"{folder}/out", **arguments),
             train_dataset=task.dataset(arguments["per_device_train_batch_size"]),

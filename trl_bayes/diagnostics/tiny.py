@@ -130,6 +130,7 @@ class EnumerableTask:
         reward: completion texts ("a b c", without EOS) to rewards, a function of the text alone. A completion that was
             cut at T tokens is one with T letters; one that ended with EOS has fewer.
         seed: of the prior's weights.
+        logit_std: standard deviation of the prior's logits, in nats; 0 is the uniform prior.
     """
 
     letters: str
@@ -137,10 +138,11 @@ class EnumerableTask:
     prompts: tuple[str, ...]
     reward: Callable[[list[str]], list[float]]
     seed: int = 0
+    logit_std: float = 1.0
 
     def build_model(self, folder: str | os.PathLike[str]) -> str:
         """Save the task's prior and tokenizer to a folder and return it; see `build_tiny_model`."""
-        return build_tiny_model(folder, letters=self.letters, seed=self.seed)
+        return build_tiny_model(folder, letters=self.letters, seed=self.seed, logit_std=self.logit_std)
 
     def dataset(self, num_rows: int) -> Dataset:
         """A dataset with the column "prompt": the prompts in turn, repeated to `num_rows` rows."""
@@ -239,9 +241,10 @@ def _two_a_reward(texts: list[str]) -> list[float]:
 def hard_constraint_task() -> EnumerableTask:
     """A rare event, at least two "a", meant for phi = log(reward); 19,608 completions for each of 4 prompts.
 
-    The seed was chosen so that the event's probability under the prior, Z, is about 0.08 on average over the prompts.
+    The prior is nearly uniform, as that of a freshly initialised model, and the event's probability under it, Z, is
+    0.082 on average over the prompts.
     """
-    return EnumerableTask("abcdefg", 5, ("a", "b", "c d", "e f g"), _two_a_reward, seed=25)
+    return EnumerableTask("abcdefg", 5, ("a", "b", "c d", "e f g"), _two_a_reward, seed=0, logit_std=0.1)
 
 
 _BIGRAM_LENGTH = 5

@@ -69,8 +69,8 @@ def _find(name: str) -> type[Target]:
     module_name, _, class_name = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: a relative or empty module
         raise ValueError(f"The target {name!r} cannot be imported: {error}.") from None
-    if not (inspect.isclass(found) and issubclass(found, Target)):
-        raise ValueError(f"The target {name!r} is not a subclass of `trl_bayes.targets.Target`.")
+    if not (inspect.isclass(found) and issubclass(found, Target)) or inspect.isabstract(found):
+        raise ValueError(f"The target {name!r} is not a concrete subclass of `trl_bayes.targets.Target`.")
     return found

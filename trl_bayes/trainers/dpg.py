@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..divergences import Divergence, get_divergence
-from ..estimators import importance_coefficient
+from ..estimators import finite_exp, importance_coefficient
 from .off_policy_trainer import OffPolicyConfig, OffPolicyTrainer
 from .posterior_trainer import Sequences
 
@@ -80,7 +80,7 @@ class DPGTrainer(OffPolicyTrainer):
         return get_divergence("forward_kl")
 
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
-        return (sequences.log_target - sequences.log_z - sequences.log_proposal).exp()
+        return finite_exp(sequences.log_target - sequences.log_z - sequences.log_proposal)
 
     def coefficient(self, sequences: Sequences) -> torch.Tensor:
         log_policy, log_target, log_proposal, log_z, _ = sequences

@@ -54,10 +54,10 @@ def distribution_altering_settings(settings: Mapping[str, Any]) -> dict[str, str
             Names and values as in [`~transformers.GenerationConfig`] or vLLM's sampling parameters.
 
     Returns:
-        `dict[str, str]`: name of each offending setting and the value that is exact, as text.
+        `dict[str, str]`: name of each offending setting and what to do about it, as text.
     """
     return {
-        name: repr(_EXACT_VALUES[name][0]) if _EXACT_VALUES[name] else "None (leave it out)"
+        name: f"set it to {_EXACT_VALUES[name][0]}" if _EXACT_VALUES[name] else "leave it out"
         for name, value in settings.items()
         if name in _EXACT_VALUES and value is not None and value not in _EXACT_VALUES[name]
     }

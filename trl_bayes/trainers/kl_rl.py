@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from ..divergences import Divergence, get_divergence
-from ..estimators import leave_one_out_mean
+from ..estimators import finite_exp, leave_one_out_mean
 from .posterior_config import PosteriorConfig
 from .posterior_trainer import PosteriorTrainer, Sequences
 
@@ -79,7 +79,7 @@ class KLRLTrainer(PosteriorTrainer):
         return sequences.log_target - sequences.log_policy
 
     def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        ratio = (sequences.log_policy - sequences.log_proposal).exp()
+        ratio = finite_exp(sequences.log_policy - sequences.log_proposal)
         return -ratio * (self.pseudo_reward(sequences) - sequences.baseline)
 
     def baseline(self, group: Sequences, valid: torch.Tensor) -> torch.Tensor:

@@ -150,10 +150,10 @@ def refuse_inexact_sampling(args: GRPOConfig) -> None:
         raise ValueError(f"`temperature={args.temperature}` does not sample: set it above 0 (1.0 is the model's).")
     sampling = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
     for source, settings in (("", sampling), (" in `generation_kwargs`", as_mapping(args.generation_kwargs))):
-        for name, exact in distribution_altering_settings(settings).items():
+        for name, advice in distribution_altering_settings(settings).items():
             raise ValueError(
                 f"`{name}={settings[name]}`{source} changes the distribution that completions are sampled from, but "
-                f"not the one that is scored, so the result would not be the posterior: set it to {exact}."
+                f"not the one that is scored, so the result would not be the posterior: {advice}."
             )
     if args.vllm_structured_outputs_regex is not None:
         raise ValueError(

@@ -200,7 +200,7 @@ class PosteriorTrainer(GRPOTrainer):
 
     def value(self, sequences: Sequences) -> torch.Tensor:
         """What a completion adds to the logged loss: on average `D_f(pi||p)`, in nats."""
-        ratio = (sequences.log_policy - sequences.log_proposal).exp()
+        ratio = estimators.finite_exp(sequences.log_policy - sequences.log_proposal)
         return ratio * self.divergence.f_over_t(log_density_ratio(sequences))
 
     def estimate_log_z(
@@ -227,11 +227,10 @@ class PosteriorTrainer(GRPOTrainer):
             return  # vLLM is given TRL's settings only
         set_by_trl = {"do_sample", *(name for name, value in self.generation_kwargs.items() if value is not None)}
         own = {k: v for k, v in self.model.generation_config.to_dict().items() if k not in set_by_trl}
-        for name, exact in distribution_altering_settings(own).items():
+        for name, advice in distribution_altering_settings(own).items():
             raise ValueError(
                 f"The model's generation_config has `{name}={own[name]}`, which changes the distribution that "
-                f"completions are sampled from, but not the one that is scored: set `model.generation_config.{name}` "
-                f"to {exact}."
+                f"completions are sampled from, but not the one that is scored: {advice} in `model.generation_config`."
             )
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -258,13 +257,20 @@ class PosteriorTrainer(GRPOTrainer):
         """Identity of each dataset row (evidence may depend on all its columns), int64 of shape `(B,)`."""
         if self.running_partition is None:
             return None
-        keys = [int(Hasher.hash(row)[:15], 16) for row in inputs]
+        start = self.accelerator.process_index * len(inputs)
+        keys: list[int] = []
+        for i, row in enumerate(inputs):
+            same_group = i > 0 and (start + i) % self._group_size != 0  # a group repeats one row
+            keys.append(keys[-1] if same_group else int(Hasher.hash(row)[:15], 16))
         return torch.tensor(keys, dtype=torch.int64, device=self.accelerator.device)
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _add_posterior_terms(self, output: dict[str, Any], keys: torch.Tensor | None) -> None:
         """Computes what concerns whole groups, from all processes, and adds this process's rows to `output`."""
-        training = self.model.training
-        group_size = self.num_generations if training else self.num_generations_eval
+        group_size = self._group_size
         local = self._sequence_log_probs(output)  # (B, 3)
         log_policy, log_proposal, log_prior = self.accelerator.gather(local).view(-1, group_size, 3).unbind(dim=2)
         phi = self._log_evidence().view(-1, group_size)  # (P, G)
@@ -276,7 +282,7 @@ class PosteriorTrainer(GRPOTrainer):
         if self.running_partition is not None and keys is not None:
             prompt_keys = self.accelerator.gather(keys).view(-1, group_size)[:, 0]  # (P,)
             past = self.running_partition.past(prompt_keys)
-            if training:
+            if self.model.training:
                 weights = estimators.log_weights(log_target, log_proposal)
                 self.running_partition.update(prompt_keys, weights, valid)
 
@@ -285,7 +291,7 @@ class PosteriorTrainer(GRPOTrainer):
         group = group._replace(log_z=log_z.masked_fill(~usable, 0.0))
         group = group._replace(baseline=self.baseline(group, usable))
         advantages = -self._capped(self._scaled_coefficient(group)).masked_fill(~usable, 0.0)
-        self._log_group(group, log_prior, valid, usable)
+        self._log_group(group, log_prior, valid, usable, past)
 
         start = self.accelerator.process_index * local.size(0)
         mine = slice(start, start + local.size(0))
@@ -387,17 +393,25 @@ class PosteriorTrainer(GRPOTrainer):
     def _mode_metrics(self) -> dict[str, list[float]]:
         return self._metrics["train" if self.model.training else "eval"]
 
-    def _log_group(self, group: Sequences, log_prior: torch.Tensor, valid: torch.Tensor, usable: torch.Tensor) -> None:
+    def _log_group(
+        self,
+        group: Sequences,
+        log_prior: torch.Tensor,
+        valid: torch.Tensor,
+        usable: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+    ) -> None:
         """Logs where the policy stands. Means over prompts; a prompt for which a quantity is unknown is left out."""
         pseudo_reward = self.pseudo_reward(group)[usable]
         metrics = {
             "posterior/frac_unscored": (~valid).float().mean(),
             "posterior/pseudo_reward_mean": pseudo_reward.mean(),
-            "posterior/pseudo_reward_std": pseudo_reward.std(correction=0),
+            "posterior/pseudo_reward_std": (pseudo_reward - pseudo_reward.mean()).square().mean().sqrt(),
         }
         if self.beta != 0:
             weights = estimators.log_weights(group.log_target, group.log_proposal)
-            log_z = group.log_z.masked_fill(~usable, torch.nan).nanmean(dim=1)  # (P,)
+            log_z = estimators.leave_one_out_log_partition(weights, valid, *past)  # (P, G)
+            log_z = log_z.masked_fill(~(valid & log_z.isfinite()), torch.nan).nanmean(dim=1)  # (P,)
             fit = estimators.divergence_estimates(
                 group.log_policy, log_prior, group.log_target, group.log_proposal, log_z, valid
             )

@@ -1,0 +1,101 @@
+"""What all targets share: binding reward names to columns, weights, settings, state."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from trl_bayes.targets import Constraint, Target, Tilt
+
+
+NAN = math.nan
+NAMES = ["quality", "compiles", "length"]
+REWARDS = torch.tensor([[1.0, 2.0, 3.0], [4.0, NAN, 6.0]])
+
+
+class First(Target):
+    """The smallest target: what a user's own looks like."""
+
+    def log_evidence(self, rewards: Tensor) -> Tensor:
+        return self.select(rewards)[:, 0]
+
+
+def test_a_target_of_ones_own() -> None:
+    target = First(rewards="length")
+    target.bind(NAMES)
+    assert target.log_evidence(REWARDS).tolist() == [3.0, 6.0]
+    assert repr(target) == "First(rewards=['length'])"
+    assert not target.hard
+    assert target.state_dict() == {}
+    target.load_state_dict({})
+
+
+def test_a_target_must_say_what_its_evidence_is() -> None:
+    with pytest.raises(TypeError, match="log_evidence"):
+        Target()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "columns"),
+    [("compiles", [1]), (["length", "quality"], [2, 0]), (("quality",), [0]), (None, [0, 1, 2])],
+)
+def test_rewards_are_selected_by_name(rewards: str | list[str] | None, columns: list[int]) -> None:
+    """In the order of the names, wherever their columns are."""
+    target = First(rewards)
+    target.bind(NAMES)
+    torch.testing.assert_close(target.select(REWARDS), REWARDS[:, columns], equal_nan=True)
+    assert target.select_weights(REWARDS).tolist() == [1.0] * len(columns)
+    target.bind(NAMES, torch.tensor([0.5, 2.0, 3.0]))
+    assert target.select_weights(REWARDS).tolist() == [[0.5, 2.0, 3.0][column] for column in columns]
+
+
+def test_weights_have_the_type_of_the_rewards() -> None:
+    target = First()
+    target.bind(NAMES, torch.tensor([0.5, 2.0, 3.0]))
+    assert target.select_weights(REWARDS.double()).dtype == torch.float64
+    assert First().select_weights(REWARDS.double()).dtype == torch.float64
+
+
+def test_a_target_that_reads_all_rewards_needs_no_names() -> None:
+    target = First()
+    assert target.rewards is None
+    assert target.select(REWARDS) is REWARDS
+    assert target.select_weights(REWARDS).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_target_may_be_bound_again() -> None:
+    target = First("length")
+    target.bind(NAMES)
+    target.bind(["length", "other"], torch.tensor([7.0, 8.0]))
+    assert target.select(REWARDS).tolist() == [[1.0], [4.0]]
+    assert target.select_weights(REWARDS).tolist() == [7.0]
+
+
+def test_the_caller_s_list_of_names_is_copied() -> None:
+    names = ["length"]
+    target = First(names)
+    names.append("quality")
+    assert target.rewards == ["length"]
+
+
+@pytest.mark.parametrize("target", [Tilt(1.0, rewards="toxicity"), Constraint(rewards=["quality", "toxicity"])])
+def test_a_reward_that_is_not_there(target: Target) -> None:
+    with pytest.raises(ValueError) as error:
+        target.bind(NAMES)
+    assert str(error.value) == (
+        f"The target {type(target).__name__} reads the reward 'toxicity', but the reward functions are "
+        "['quality', 'compiles', 'length']: use one of these names."
+    )
+
+
+def test_reading_by_name_before_the_names_are_known() -> None:
+    with pytest.raises(ValueError, match=r"^Call `bind\(reward_names\)` first: Tilt reads rewards by name\.$"):
+        Tilt(1.0, rewards="quality").log_evidence(REWARDS)
+
+
+def test_reading_no_reward() -> None:
+    with pytest.raises(
+        ValueError, match=r"^`Constraint\(rewards=\[\]\)` reads no reward: name at least one, or leave"
+    ):
+        Constraint(rewards=[])

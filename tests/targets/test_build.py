@@ -1,0 +1,151 @@
+"""Targets from configuration: every form a user may write, and every message for what they may not."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from trl_bayes.targets import Constraint, Product, Target, Tilt, build_target
+
+
+class Mine(Target):
+    """A user's own target, by its dotted path."""
+
+    def __init__(self, slope: float, rewards: str | None = None):
+        super().__init__(rewards)
+        self.slope = slope
+
+    def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
+        return self.slope * self.select(rewards)[:, 0]
+
+    def settings(self) -> dict[str, Any]:
+        return {"slope": self.slope, **super().settings()}
+
+
+DOTTED = "trl_bayes.targets.constraint.Constraint"
+GIVEN = Constraint(rewards="short")
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (None, "Tilt(beta=0.3)"),
+        ("tilt", "Tilt(beta=0.3)"),
+        ("constraint", "Constraint(threshold=0.5)"),
+        ({"name": "tilt"}, "Tilt(beta=0.3)"),
+        ({"name": "tilt", "beta": 2, "rewards": "style"}, "Tilt(beta=2.0, rewards=['style'])"),
+        (
+            {"name": "constraint", "threshold": 1, "rewards": ["a", "b"]},
+            "Constraint(threshold=1.0, rewards=['a', 'b'])",
+        ),
+        (DOTTED, "Constraint(threshold=0.5)"),
+        ({"name": DOTTED, "threshold": 2}, "Constraint(threshold=2.0)"),
+        (GIVEN, "Constraint(threshold=0.5, rewards=['short'])"),
+        (
+            # As YAML reads `{name: product, factors: [...]}` of a recipe
+            {
+                "name": "product",
+                "factors": [{"name": "constraint", "rewards": "compiles"}, {"name": "tilt", "beta": 0.5}, "tilt"],
+            },
+            "Product(factors=[Constraint(threshold=0.5, rewards=['compiles']), Tilt(beta=0.5), Tilt(beta=0.3)])",
+        ),
+        (
+            {"name": "product", "factors": [{"name": "product", "factors": [GIVEN]}, DOTTED]},
+            "Product(factors=[Product(factors=[Constraint(threshold=0.5, rewards=['short'])]), "
+            "Constraint(threshold=0.5)])",
+        ),
+    ],
+)
+def test_specification(spec: Any, expected: str) -> None:
+    assert repr(build_target(spec, beta=0.3)) == expected
+
+
+def test_a_target_is_taken_as_it_is() -> None:
+    assert build_target(GIVEN, beta=0.3) is GIVEN
+    product = build_target({"name": "product", "factors": [GIVEN]}, beta=0.3)
+    assert isinstance(product, Product)
+    assert product.factors[0] is GIVEN
+
+
+def test_classes() -> None:
+    for spec, target_class in ((None, Tilt), ("constraint", Constraint), (DOTTED, Constraint)):
+        assert type(build_target(spec, beta=0.3)) is target_class
+
+
+def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_bayes.targets.base.Mine", Mine, raising=False)  # any importable module will do
+    path = "trl_bayes.targets.base.Mine"
+    assert (
+        repr(build_target({"name": path, "slope": 3.0, "rewards": "a"}, beta=0.3)) == "Mine(slope=3.0, rewards=['a'])"
+    )
+    with pytest.raises(
+        ValueError, match=re.escape("takes ['slope', 'rewards']: missing a required argument: 'slope'.")
+    ):
+        build_target(path, beta=0.3)
+
+
+def test_a_specification_is_not_changed() -> None:
+    spec = {"name": "product", "factors": [{"name": "tilt"}]}
+    build_target(spec, beta=0.3)
+    assert spec == {"name": "product", "factors": [{"name": "tilt"}]}
+
+
+@pytest.mark.parametrize("spec", [3, ["tilt"], {}, {"beta": 0.1}, {"name": 3}, {"name": None}])
+def test_not_a_specification(spec: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        build_target(spec, beta=0.3)
+    assert str(error.value) == (
+        f"`target` must be a name, a mapping with `name`, a dotted path or a `Target`, got {spec!r}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tild", "Unknown target 'tild': use one of ["),
+        ("tild", "] or the dotted path of a Target class. Did you mean 'tilt'?"),
+        ("xyz", "] or the dotted path of a Target class."),
+        ({"name": "constrant"}, "Did you mean 'constraint'?"),
+        ("no_such_package.Mine", "The target 'no_such_package.Mine' cannot be imported: No module named"),
+        (
+            "trl_bayes.targets.NoSuch",
+            "The target 'trl_bayes.targets.NoSuch' cannot be imported: module 'trl_bayes.targets' has no attribute",
+        ),
+        ("math.pi", "The target 'math.pi' is not a concrete subclass of `trl_bayes.targets.Target`."),
+        ("pathlib.Path", "The target 'pathlib.Path' is not a concrete subclass of `trl_bayes.targets.Target`."),
+        (
+            {"name": "tilt", "betta": 0.1},
+            "The target 'tilt' takes ['beta', 'rewards']: got an unexpected keyword argument 'betta'.",
+        ),
+        (
+            {"name": DOTTED, "beta": 0.1},
+            f"The target '{DOTTED}' takes ['rewards', 'threshold']: got an unexpected keyword argument 'beta'.",
+        ),
+        ({"name": "tilt", "beta": -1.0}, "`Tilt` needs a positive finite `beta`"),
+        ("product", "`Product` needs at least one factor."),
+        ({"name": "product", "factors": ["tilt", "tild"]}, "Unknown target 'tild'"),
+        ({"name": "product", "factors": [{"beta": 1.0}]}, "`target` must be a name, a mapping with `name`"),
+        (
+            {"name": "product", "factors": ["tilt"], "beta": 0.1},
+            "The target 'product' takes ['factors']: got an unexpected keyword argument 'beta'.",
+        ),
+    ],
+)
+def test_refused(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build_target(spec, beta=0.3)
+    assert message in str(error.value)
+
+
+def test_an_unlike_name_gets_no_suggestion() -> None:
+    with pytest.raises(ValueError) as error:
+        build_target("xyz", beta=0.3)
+    assert "Did you mean" not in str(error.value)
+    assert all(repr(name) in str(error.value) for name in ("constraint", "product", "tilt"))
+
+
+@pytest.mark.parametrize("path", ["trl_bayes.targets.Target", "..Mine", ".Mine"])
+def test_paths_that_lead_to_no_target_class(path: str) -> None:
+    with pytest.raises(ValueError, match=f"^The target '{re.escape(path)}' "):
+        build_target(path, beta=0.3)

@@ -1,0 +1,146 @@
+"""Every trainer, trained for real, ends at the posterior that enumeration gives.
+
+The tiny prior's completions are all scored, so KL(p||pi), KL(pi||p) and TV are exact. TRL's RLOOTrainer on the same
+task and with the same optimizer is the yardstick. Training is deterministic given the seed (one thread, CPU).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from trl_bayes import (
+    FDPGConfig,
+    FDPGTrainer,
+    KLRLConfig,
+    KLRLTrainer,
+    TrajectoryBalanceConfig,
+    TrajectoryBalanceTrainer,
+)
+from trl_bayes.diagnostics.exact import PolicyFit
+from trl_bayes.diagnostics.exact_benchmark import Method, Problem, methods, problems, train
+from trl_bayes.targets import Constraint, Product, Target, Tilt
+
+
+pytestmark = pytest.mark.slow
+PROBLEMS = problems()
+Once = Callable[[str, Callable[[], PolicyFit]], PolicyFit]
+OURS = [method for method in methods(PROBLEMS["letters"]) if method.is_ours]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def once(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[[str, Callable[[], PolicyFit]], PolicyFit]:
+    """Runs something once for all pytest workers and hands its result to each."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+
+    def run(name: str, compute: Callable[[], PolicyFit]) -> PolicyFit:
+        file = folder / f"{name}.json"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                file.write_text(json.dumps(compute()))
+        return PolicyFit(*json.loads(file.read_text()))
+
+    return run
+
+
+@pytest.mark.parametrize("method", OURS, ids=lambda method: method.name.replace(" ", "-"))
+def test_reaches_the_posterior_like_rloo(method: Method, once: Once) -> None:
+    problem = PROBLEMS["letters"]
+    rloo = next(m for m in methods(problem) if m.name == "TRL RLOOTrainer")
+    yardstick = once("rloo", lambda: train(problem, rloo).fit)
+    fit = train(problem, method).fit
+    assert fit.forward_kl <= 0.025
+    assert fit.reverse_kl <= 0.025
+    assert fit.forward_kl <= 1.15 * yardstick.forward_kl
+    assert fit.reverse_kl <= 1.15 * yardstick.reverse_kl
+
+
+@pytest.mark.parametrize("name", ["DPGTrainer", "FDPGTrainer jensen_shannon"])
+@pytest.mark.parametrize(("budget", "most"), [("hard-20k", 0.10), ("hard-100k", 0.02)])
+def test_conditions_on_a_rare_event(name: str, budget: str, most: float) -> None:
+    problem = PROBLEMS[budget]
+    method = next(m for m in methods(problem) if m.name == name)
+    fit = train(problem, method).fit
+    assert fit.forward_kl <= most
+    if budget == "hard-100k":
+        assert fit.mass_outside <= 0.005
+
+
+def test_dpg_gains_from_using_each_sample_four_times() -> None:
+    problem = PROBLEMS["letters"]
+    dpg = next(m for m in methods(problem) if m.name == "DPGTrainer")
+    on_policy = train(problem, dpg, max_steps=234)
+    reused = train(problem, dpg, max_steps=4 * 98, num_iterations=4)
+    assert on_policy.samples >= 59_000
+    assert reused.samples <= 25_600
+    assert reused.fit.forward_kl <= on_policy.fit.forward_kl
+
+
+def test_pure_rl_collapses() -> None:
+    """beta=0 has no posterior: on the same budget it keeps less than half of the posterior's entropy."""
+    problem = Problem("letters", PROBLEMS["letters"].task, beta=0.7)
+    posterior = train(problem, Method("KLRLTrainer", KLRLTrainer, KLRLConfig), max_steps=150).fit
+    pure = train(problem, Method("pure RL", _untargeted(KLRLTrainer), KLRLConfig, {"beta": 0.0}), max_steps=150).fit
+    assert pure.entropy < posterior.entropy / 2
+    assert pure.forward_kl > 1.0
+
+
+def _untargeted(trainer: Callable) -> Callable:
+    """The trainer without the problem's target: pure RL takes none."""
+    return lambda *args, target=None, **kwargs: trainer(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "settings"),
+    [
+        (TrajectoryBalanceTrainer, TrajectoryBalanceConfig, {"replay_buffer_size": 2048}),
+        (TrajectoryBalanceTrainer, TrajectoryBalanceConfig, {"divergence": "jensen_shannon", "num_iterations": 2}),
+        (TrajectoryBalanceTrainer, TrajectoryBalanceConfig, {"divergence": "alpha", "alpha": 0.5}),
+        (FDPGTrainer, FDPGConfig, {"divergence": "squared_hellinger"}),
+        (FDPGTrainer, FDPGConfig, {"divergence": "alpha", "alpha": 0.5, "num_iterations": 2}),
+        (KLRLTrainer, KLRLConfig, {"num_iterations": 2, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_other_divergences_and_reuse_reach_the_posterior(trainer: Callable, config: Callable, settings: dict) -> None:
+    per_step = 128 if "gradient_accumulation_steps" in settings else 256
+    method = Method("variant", trainer, config, {**settings, "per_device_train_batch_size": per_step})
+    fit = train(PROBLEMS["letters"], method, max_steps=200).fit
+    assert fit.forward_kl <= 0.025
+    assert fit.reverse_kl <= 0.025
+
+
+class _Conjunction(Problem):
+    """Two pieces of evidence: the tilt, and completions of at least two letters."""
+
+    @property
+    def target(self) -> Target:
+        return Product([Tilt(0.7), Constraint(threshold=-0.25)])
+
+
+def test_product_of_a_tilt_and_a_constraint() -> None:
+    problem = _Conjunction("conjunction", PROBLEMS["letters"].task, beta=0.7)
+    dpg = next(m for m in OURS if m.name == "DPGTrainer")
+    fit = train(problem, dpg, max_steps=200).fit
+    assert fit.forward_kl <= 0.025
+    assert fit.mass_outside <= 0.005
+
+
+@pytest.mark.parametrize("name", ["KLRLTrainer", "DPGTrainer"])
+def test_posterior_of_a_prior_that_is_not_the_start(name: str, tmp_path: Path) -> None:
+    """Training starts from another model; the posterior is that of `prior_model_name_or_path`."""
+    problem = PROBLEMS["letters"]
+    method = next(m for m in OURS if m.name == name)
+    fit = train(problem, method, start_seed=7, max_steps=300).fit
+    assert fit.forward_kl <= 0.025
+    assert fit.reverse_kl <= 0.025
