@@ -17,7 +17,7 @@ class BenchArguments:
     Arguments of the benchmark.
 
     Args:
-        problems (`list[str]`, *optional*): `letters`, `bigrams`, `hard-20k`, `hard-100k`; all by default.
+        problems (`list[str]`, *optional*): `letters`, `bigrams`, `balance`, `hard-20k`, `hard-100k`; all by default.
         seeds (`list[int]`, *optional*, defaults to `[0]`): seeds of the training runs.
         methods (`list[str]`, *optional*): parts of the names of the trainers to run; all by default.
         output_dir (`str`, *optional*, defaults to `"runs/bench"`): where `exact.json` and `exact.md` are written.

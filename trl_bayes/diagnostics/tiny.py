@@ -260,3 +260,15 @@ def bigram_task() -> EnumerableTask:
     Meant for phi = reward / 0.5.
     """
     return EnumerableTask("abcd", _BIGRAM_LENGTH, ("a", "b", "c d", "d a b"), _bigram_reward, seed=2)
+
+
+def _balance_reward(texts: list[str]) -> list[float]:
+    return [-abs(text.count("a") - text.count("b")) + text.endswith("c") / 2 for text in texts]
+
+
+def balance_task() -> EnumerableTask:
+    """As many "a" as "b", and "c" at the end if possible; 1,093 completions for each of 4 prompts.
+
+    Meant for phi = reward / 0.6.
+    """
+    return EnumerableTask("abc", 6, ("a", "b", "c", "a c b"), _balance_reward, seed=3)
