@@ -236,7 +236,7 @@ def coefficients(case: str, group: list[Sample], z: list[float]) -> list[float]:
             baseline = mean_of_others([s.log_target - s.log_pi_then for s in group], i)
             factors.append(-ratio * (sample.log_target - sample.log_pi - baseline))
         elif method == "f_dpg":
-            baseline = mean_of_others([-slope(t_of(s.log_pi_then, s, z[j])) for j, s in enumerate(group)], i)
+            baseline = mean_of_others([-slope(t_of(s.log_pi_then, s, z[i])) for s in group], i)
             factors.append(ratio * (slope(t_of(sample.log_pi, sample, z[i])) + baseline))
         elif method == "dpg":
             factors.append(ratio - math.exp(sample.log_target - sample.log_q) / z[i])
@@ -445,6 +445,39 @@ def test_temperature(make: Make) -> None:
     factors = [mean_of_others(group, i) - group[i] for group in groups for i in range(GROUP_SIZE)]
     _, gradient = gradient_of(trainer, generate(trainer))
     assert_same_gradient(gradient, assemble(trainer, factors, list(range(8)), temperature))
+
+
+def test_tokens_of_the_environment_do_not_count(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tool returned is read, but has no probability: neither the policy's, nor the prior's, nor q's."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    own = [[1] * len(ids) for ids in COMPLETIONS]
+    own[0], own[2], own[6] = [1, 0], [0, 1], [0, 1]
+    prompt_ids = [[A]] * GROUP_SIZE + [[B, A]] * GROUP_SIZE
+    trainer = make("kl_rl:reverse_kl")
+    trainer.rollout_func = lambda prompts, _: {
+        "prompt_ids": prompt_ids,
+        "completion_ids": COMPLETIONS,
+        "logprobs": None,
+        "env_mask": own,
+    }
+
+    def own_log_probs(model: Any) -> list[Tensor]:
+        triples = zip(PROMPTS, COMPLETIONS, own, strict=True)
+        return [(token_log_probs(model, prompt, ids) * torch.tensor(mask)).sum() for prompt, ids, mask in triples]
+
+    rewards = reward([text_of(completion) for completion in COMPLETIONS])
+    log_pi, log_prior = own_log_probs(trainer.model), own_log_probs(trainer.ref_model)
+    worth = [(log_prior[i] + rewards[i] / BETA - log_pi[i]).item() for i in range(8)]
+    groups = [worth[:GROUP_SIZE], worth[GROUP_SIZE:]]
+    factors = [mean_of_others(group, i) - group[i] for group in groups for i in range(GROUP_SIZE)]
+    trainer.model.zero_grad()
+    sum(factor * each / 8 for factor, each in zip(factors, log_pi, strict=True)).backward()
+    expected = {name: weight.grad.clone() for name, weight in trainer.model.named_parameters()}
+
+    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
+    assert batch["log_proposal"].tolist() == pytest.approx([each.item() for each in log_pi], abs=1e-5)
+    _, gradient = gradient_of(trainer, batch)
+    assert_same_gradient(gradient, expected)
 
 
 def test_kl_rl_advantages_are_rloo_s_over_beta(make: Make, folder: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..divergences import DIVERGENCES, Divergence, get_divergence
-from ..estimators import leave_one_out_mean, score_function_coefficient
+from ..estimators import leave_one_out_baseline, score_function_coefficient
 from .posterior_config import PosteriorConfig
 from .posterior_trainer import PosteriorTrainer, Sequences
 
@@ -102,4 +102,4 @@ class FDPGTrainer(PosteriorTrainer):
         return score_function_coefficient(*sequences, self.divergence)
 
     def baseline(self, group: Sequences, valid: torch.Tensor) -> torch.Tensor:
-        return leave_one_out_mean(self.pseudo_reward(group), valid)
+        return leave_one_out_baseline(group.log_policy - group.log_target, group.log_z, valid, self.divergence)
