@@ -145,3 +145,9 @@ def test_a_saved_state_is_a_snapshot() -> None:
     restored.load_state_dict(state)
     assert len(restored) == 1
     assert restored.past(keys(1))[1].tolist() == [3]
+
+
+@pytest.mark.parametrize("decay", [0.0, -1.0, 1.5, math.nan])
+def test_decay_is_checked(decay: float) -> None:
+    with pytest.raises(ValueError, match="must lie in .0, 1.: 1 keeps the plain mean"):
+        RunningPartition(decay=decay)

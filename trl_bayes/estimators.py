@@ -18,8 +18,6 @@ from .divergences import Divergence
 
 
 NEG_INF = float("-inf")
-_SEARCH_MARGIN = 1e3  # nats: as far as completions outside the support may pull the fitted log Z down
-_BISECTIONS = 50  # to the last bit of float32, and 1e-12 of float64
 
 
 class DivergenceEstimates(NamedTuple):
@@ -63,7 +61,7 @@ def log_partition(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         `torch.Tensor`: shape `(P,)`; `-inf` for a group without evidence (or without a valid completion).
     """
     total = weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1)
-    return total - valid.sum(dim=1).clamp(min=1).log()
+    return total - valid.sum(dim=1).clamp(min=1).to(weights.dtype).log()
 
 
 def leave_one_out_log_partition(
@@ -101,49 +99,27 @@ def leave_one_out_log_partition(
     past = past_log_sum.unsqueeze(1)  # (P, 1)
     count = past_count.unsqueeze(1) + valid.sum(dim=1, keepdim=True)  # (P, 1)
     others_count = count - valid.to(count.dtype)  # (P, G)
-    from_others = torch.logaddexp(siblings.logsumexp(dim=2), past) - others_count.clamp(min=1).log()
-    from_all = torch.logaddexp(weights.logsumexp(dim=1, keepdim=True), past) - count.clamp(min=1).log()
-    return torch.where(from_others == NEG_INF, from_all, from_others)
+    from_others = torch.logaddexp(siblings.logsumexp(dim=2), past) - others_count.log()
+    from_all = torch.logaddexp(weights.logsumexp(dim=1, keepdim=True), past) - count.log()
+    log_z = torch.where((others_count > 0) & (from_others > NEG_INF), from_others, from_all)
+    return torch.where(count > 0, log_z, NEG_INF)
 
 
-def matched_log_partition(log_ratio: torch.Tensor, valid: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+def vargrad_log_partition(log_ratio: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """
-    The constant that fits `log Z` best in the f-TB loss: `argmin_C sum_{j != i} L_f(log pi_j - log P_j + C)`.
+    The constant that fits the siblings' squared log-ratio best: `argmin_C sum_{j != i} (log pi_j - log P_j + C)^2`.
 
-    For `reverse_kl` it is the siblings' mean of `log P - log pi` (VarGrad, https://huggingface.co/papers/2010.10436);
-    for `forward_kl` it is the leave-one-out importance estimate of `log Z`. `L_f` is convex in `C` for every
-    divergence, so its slope is bisected. Like the leave-one-out evidence, it does not depend on the sample itself.
+    It is their mean of `log P - log pi`, a lower bound of `log Z` that is tight at the posterior. With it, trajectory
+    balance has exactly the gradient of `KL(pi||p)` ([VarGrad](https://huggingface.co/papers/2010.10436)).
 
     Args:
-        log_ratio (`torch.Tensor`): `log pi - log P` of shape `(P, G)`; `+inf` outside the posterior's support.
+        log_ratio (`torch.Tensor`): `log pi - log P` of shape `(P, G)`, finite.
         valid (`torch.Tensor`): boolean `(P, G)`.
-        divergence ([`~trl_bayes.divergences.Divergence`]): whose `L_f` is minimised.
 
     Returns:
-        `torch.Tensor`: shape `(P, G)`. A sample none of whose siblings carries evidence is fitted with itself; a
-        prompt without any evidence has `-inf`.
+        `torch.Tensor`: shape `(P, G)`.
     """
-    if divergence.name == "reverse_kl":  # quadratic: the minimum is the mean, no search
-        return -leave_one_out_mean(log_ratio, valid)
-
-    group_size = log_ratio.size(1)
-    supported = valid & torch.isfinite(log_ratio)
-    itself = torch.eye(group_size, dtype=torch.bool, device=log_ratio.device)
-    members = valid.unsqueeze(1) & ~itself  # (P, i, j)
-    has_evidence = (members & supported.unsqueeze(1)).any(dim=2, keepdim=True)
-    members = torch.where(has_evidence, members, valid.unsqueeze(1))
-
-    finite = log_ratio.masked_fill(~supported, 0.0)
-    # Between C = -max and C = -min of the supported log-ratios every supported term changes sign. Completions outside
-    # the support pull C down by a constant slope, so the lower end gets head room.
-    low = -finite.amax(dim=1, keepdim=True).expand(-1, group_size) - _SEARCH_MARGIN
-    high = -finite.amin(dim=1, keepdim=True).expand(-1, group_size)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        slopes = divergence.loss_slope(log_ratio.unsqueeze(1) + middle.unsqueeze(2))  # (P, i, j)
-        rising = torch.where(members, slopes, 0.0).sum(dim=2) > 0
-        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
-    return ((low + high) / 2).masked_fill(~supported.any(dim=1, keepdim=True), NEG_INF)
+    return -leave_one_out_mean(log_ratio, valid)
 
 
 def leave_one_out_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

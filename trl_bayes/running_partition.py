@@ -22,6 +22,8 @@ class RunningPartition:
     """
 
     def __init__(self, decay: float = 1.0):
+        if not 0 < decay <= 1:
+            raise ValueError(f"`decay={decay}` must lie in (0, 1]: 1 keeps the plain mean.")
         self.decay = decay
         self._past: dict[int, tuple[float, float]] = {}  # prompt key -> (log sum of weights, number of weights)
 

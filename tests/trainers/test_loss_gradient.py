@@ -218,12 +218,11 @@ def evidence_of_others(group: list[Sample]) -> list[float]:
 
 
 def fitted_evidence(group: list[Sample], divergence: str) -> list[float]:
-    """Trajectory balance on-policy: the constant that fits the siblings best."""
+    """Trajectory balance on-policy: for reverse KL the siblings' mean log-ratio, else the evidence of the others."""
+    if divergence != "reverse_kl":
+        return evidence_of_others(group)
     log_ratios = [sample.log_target - sample.log_pi_then for sample in group]
-    if divergence == "reverse_kl":
-        return [math.exp(mean_of_others(log_ratios, i)) for i in range(len(group))]
-    assert divergence == "forward_kl"
-    return [mean_of_others([math.exp(ratio) for ratio in log_ratios], i) for i in range(len(group))]
+    return [math.exp(mean_of_others(log_ratios, i)) for i in range(len(group))]
 
 
 def coefficients(case: str, group: list[Sample], z: list[float]) -> list[float]:

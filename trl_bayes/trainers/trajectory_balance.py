@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..divergences import DIVERGENCES, Divergence, get_divergence
-from ..estimators import matched_log_partition, trajectory_balance_coefficient
+from ..estimators import trajectory_balance_coefficient, vargrad_log_partition
 from .off_policy_trainer import OffPolicyConfig, OffPolicyTrainer
 from .posterior_config import PARTITIONS
 from .posterior_trainer import Sequences, log_density_ratio
@@ -34,8 +34,8 @@ class TrajectoryBalanceConfig(OffPolicyConfig):
     partition: str = field(
         default="leave_one_out",
         metadata={
-            "help": "How log Z is estimated: 'leave_one_out' (on-policy the constant that fits the siblings best, "
-            "else their importance weights) or 'running' (importance weights of all visits to the prompt).",
+            "help": "How log Z is estimated: 'leave_one_out' (the siblings' importance weights; on-policy with "
+            "reverse_kl their mean log-ratio) or 'running' (importance weights of all visits to the prompt).",
             "choices": list(PARTITIONS),
         },
     )
@@ -68,8 +68,9 @@ class TrajectoryBalanceTrainer(OffPolicyTrainer):
     other policy `q` that covers the posterior's support its minimum stays at `pi = p`, without importance ratios or
     clipping. That makes it the choice for replay and asynchronous sampling.
 
-    On-policy with `partition="leave_one_out"`, `log Z` is the constant that fits the siblings best under `L_f` (their
-    mean, for `reverse_kl`). Where completions are reused it is the importance estimate, which does not go stale.
+    On-policy with `reverse_kl` and `partition="leave_one_out"`, `log Z` is the constant that fits the siblings best
+    (VarGrad): the gradient is then exactly that of [`KLRLTrainer`]. In all other cases it is the importance estimate,
+    which does not go stale when completions are reused.
 
     Example:
 
@@ -119,9 +120,9 @@ class TrajectoryBalanceTrainer(OffPolicyTrainer):
     def estimate_log_z(
         self, group: Sequences, valid: torch.Tensor, past: tuple[torch.Tensor, ...] = ()
     ) -> torch.Tensor:
-        if past or self.args.reuses_samples:
+        if past or self.args.reuses_samples or self.divergence.name != "reverse_kl":
             return super().estimate_log_z(group, valid, past)
-        return matched_log_partition(group.log_policy - group.log_target, valid, self.divergence)
+        return vargrad_log_partition(group.log_policy - group.log_target, valid)
 
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
         return -self.coefficient(sequences)
