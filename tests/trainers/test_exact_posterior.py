@@ -88,11 +88,10 @@ def test_jensen_shannon_moves_its_mass_into_a_rare_event() -> None:
 def test_dpg_gains_from_using_each_sample_four_times() -> None:
     problem = PROBLEMS["letters"]
     dpg = next(m for m in methods(problem) if m.name == "DPGTrainer")
-    on_policy = train(problem, dpg, max_steps=234)
-    reused = train(problem, dpg, max_steps=4 * 98, num_iterations=4)
-    assert on_policy.samples >= 59_000
-    assert reused.samples <= 25_600
-    assert reused.fit.forward_kl <= on_policy.fit.forward_kl
+    on_policy = train(problem, dpg, max_steps=49)
+    reused = train(problem, dpg, max_steps=4 * 49, num_iterations=4)
+    assert reused.samples == on_policy.samples == 12_544
+    assert reused.fit.forward_kl < 0.75 * on_policy.fit.forward_kl
 
 
 def test_pure_rl_collapses() -> None:
@@ -139,9 +138,9 @@ class _Conjunction(Problem):
 def test_product_of_a_tilt_and_a_constraint() -> None:
     problem = _Conjunction("conjunction", PROBLEMS["letters"].task, beta=0.7)
     dpg = next(m for m in OURS if m.name == "DPGTrainer")
-    fit = train(problem, dpg, max_steps=200).fit
+    fit = train(problem, dpg).fit
     assert fit.forward_kl <= 0.025
-    assert fit.mass_outside <= 0.005
+    assert fit.mass_outside <= 0.01
 
 
 @pytest.mark.parametrize("name", ["KLRLTrainer", "DPGTrainer"])

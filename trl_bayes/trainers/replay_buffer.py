@@ -72,7 +72,7 @@ def append_rows(
         `dict[str, torch.Tensor]`: what the loss needs, with `B + R` rows; scalars are kept.
     """
     device = batch["prompt_ids"].device
-    joined = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim() == 0}
+    joined: dict[str, torch.Tensor] = {}
     for name, side in _SEQUENCES.items():
         fresh_ids, fresh_mask = batch[f"{name}_ids"], batch[f"{name}_mask"]
         ids = [*fresh_ids, *(row[name].to(device) for row in rows)]
@@ -86,4 +86,6 @@ def append_rows(
         if name in batch:
             replayed = torch.stack([row[name] for row in rows]).to(device)
             joined[name] = torch.cat([batch[name], replayed])
-    return joined
+    # Scalars come last: TRL takes the batch size from the first entry
+    scalars = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim() == 0}
+    return joined | scalars
