@@ -1,7 +1,7 @@
 """What we rely on in TRL, one fact a test: after an upgrade of TRL, what fails here is what moved.
 
-Everything is observed in TRL's own GRPOTrainer (and GRPOConfig), never in ours. Each test says which of our files needs
-the fact. Ours is tested in the files beside this one.
+Everything is observed in TRL's own GRPOTrainer and GRPOConfig, never in ours. Each test says which of our files needs
+the fact. Ours are tested in the files beside this one.
 """
 
 import ast
@@ -537,7 +537,7 @@ def test_loss_is_computed_from_model_and_batch_alone(make: Make) -> None:
 
 
 def test_loss_is_scaled_for_accumulation_by_the_trainer_itself(make: Make) -> None:
-    # posterior_trainer._compute_loss divides by `current_gradient_accumulation_steps` in training, and nobody else does
+    # posterior_trainer._compute_loss divides by `current_gradient_accumulation_steps`, and nobody does so again
     assert GRPOTrainer.loss_is_scaled_for_ga is True
 
     class Constant(Watched):
