@@ -1105,24 +1105,26 @@ def test_rollout_function(with_log_probs: bool, kind: str, make: Make, monkeypat
 
 @pytest.mark.parametrize("num_generations_eval", [None, 1, 2])
 def test_evaluation_while_training(num_generations_eval: int | None, kind: str, make: Make) -> None:
-    trainer = make(
-        kind,
-        {
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "eval_on_start": True,
-            "num_generations_eval": num_generations_eval,
-            "per_device_eval_batch_size": 2 * G,
-        },
-        eval_dataset=plain(),
-    )
+    config = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": True,
+        "num_generations_eval": num_generations_eval,
+        "per_device_eval_batch_size": 2 * G,
+        "partition": "leave_one_out",
+    }
+    trainer = make(kind, config, eval_dataset=plain())
+    recorded = record(trainer)
     learn(trainer)
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     assert len(evaluations) == 3
+    names = {f"eval_{name}" for name in [*METRICS, *GENERATION_METRICS, "loss"]} - {"eval_step_time"}
     for log in evaluations:
-        assert_finite(
-            log, {"eval_loss", *(f"eval_{name}" for name in METRICS + GENERATION_METRICS)} - {"eval_step_time"}
-        )
+        assert_finite(log, names)
+    if num_generations_eval is not None:  # groups are of this size: Z is that of the one sibling, or one's own
+        batch = recorded[0].batch
+        weights = (batch["log_target"] - batch["log_proposal"]).view(-1, num_generations_eval)
+        close(batch["log_z"], weights.flip(1).flatten())
 
 
 def test_evaluation_does_not_change_training(make: Make) -> None:

@@ -60,7 +60,8 @@ class OffPolicyConfig(PosteriorConfig):
     @property
     def reuses_samples(self) -> bool:
         """Whether a completion is used after the policy that sampled it has been updated."""
-        return self.num_iterations > 1 or self.replay_buffer_size > 0
+        steps_per_batch = self.num_iterations * (self.steps_per_generation or 1)
+        return self.replay_buffer_size > 0 or self.gradient_accumulation_steps % steps_per_batch != 0
 
 
 class OffPolicyTrainer(PosteriorTrainer):

@@ -28,7 +28,7 @@ from .. import estimators
 from ..divergences import Divergence
 from ..running_partition import RunningPartition
 from ..targets import Target, build_target
-from .exactness import as_mapping, distribution_altering_settings
+from .exactness import distribution_altering_settings
 from .posterior_config import PosteriorConfig
 from .prior import load_prior
 
@@ -307,8 +307,9 @@ class PosteriorTrainer(GRPOTrainer):
         if keys is not None:
             output["prompt_key"] = keys
         shown = cast("deque[float]", self._logs["advantages"])  # TRL's table of completions ends with this batch
-        for position, ours in zip(range(-advantages.numel(), 0), advantages.flatten().tolist(), strict=True):
-            shown[position] = ours
+        for _ in range(min(advantages.numel(), len(shown))):
+            shown.pop()
+        shown.extend(advantages.flatten().tolist())
 
     def _sequence_log_probs(self, output: dict[str, Any]) -> torch.Tensor:
         """`log pi`, `log q` and `log pi_0` of this process's completions, summed over their own tokens: `(B, 3)`."""
@@ -327,7 +328,9 @@ class PosteriorTrainer(GRPOTrainer):
         """The policy's per-token log-probabilities of freshly generated completions, `(B, T)`."""
         args = self.args
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        with disable_gradient_checkpointing(self.model, as_mapping(args.gradient_checkpointing_kwargs)):
+        # Unchanged: transformers supplies its defaults for None, not for an empty mapping
+        checkpointing = cast("dict[str, Any] | None", args.gradient_checkpointing_kwargs)
+        with disable_gradient_checkpointing(self.model, checkpointing):
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 self.model, **scorer_inputs(output), batch_size=batch_size
             )
