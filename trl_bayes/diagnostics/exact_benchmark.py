@@ -138,7 +138,6 @@ def train(
     seed: int = 0,
     start_seed: int | None = None,
     evaluate_at: Iterable[int] = (),
-    callback: TrainerCallback | None = None,
     **settings: Any,
 ) -> Run:
     """
@@ -149,7 +148,6 @@ def train(
         seed (`int`, *optional*, defaults to `0`): of the training run; the prior is the problem's.
         start_seed (`int`, *optional*): trains from a tiny model of this seed and keeps the problem's as the prior.
         evaluate_at (`Iterable[int]`, *optional*): steps after which to record the fit in the curve.
-        callback ([`~transformers.TrainerCallback`], *optional*): to watch the run.
         settings: training arguments that differ from the defaults here, 400 steps of 256 completions in groups of 16.
 
     Returns:
@@ -197,9 +195,7 @@ def train(
             return task.evaluate(cast(PreTrainedModel, trainer.model), tokenizer, log_prior, problem.log_evidence)
 
         recorder = _Recorder(fit, evaluate_at)
-        for watcher in (recorder, callback):
-            if watcher is not None:
-                trainer.add_callback(watcher)
+        trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()

@@ -24,7 +24,7 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
         args ([`PosteriorConfig`]): with `prior_model_name_or_path` set.
 
     Returns:
-        `torch.nn.Module`: the prior, frozen, on the trainer's device(s), wrapped where the run is distributed.
+        `torch.nn.Module`: the prior, on the trainer's device(s) for evaluation, wrapped where the run is distributed.
 
     Raises:
         ValueError: if the prior does not speak the policy's vocabulary.
