@@ -714,6 +714,34 @@ def test_environment_reward_beside_a_function_can_be_read_by_name(
     close(recorded[0].batch["log_target"] - recorded[0].log_policy, torch.tensor([1.0, 2.0, 3.0, 0.0] * 2) / 4)
 
 
+class Examiner(Counter):
+    """An environment that writes its own prompts, another one at every generation."""
+
+    num_resets = 0
+
+    def reset(self, **kwargs: Any) -> str:
+        self.num_resets += 1
+        self.total = 0
+        return f"Add up to {self.num_resets}."
+
+
+def test_prompts_that_an_environment_writes_are_told_apart(
+    make: Make, chat_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    trainer = make(
+        "dpg",
+        {"max_completion_length": 256, "max_steps": 3},
+        reward_funcs=None,
+        train_dataset=None,  # so every row of the data is the same
+        environment_factory=Examiner,
+    )
+    speak(trainer, chat_tokenizer, [call("add", f'{{"amount": {amount}}}') for amount in (1, 2, 3, 0)])
+    learn(trainer)
+    past = trainer.running_partition.state_dict()
+    assert past["count"] == [2 * G] * 3  # the two groups of each generation share a prompt
+
+
 class Silent:
     """An environment without a reward of its own."""
 

@@ -639,7 +639,7 @@ def test_attributes_that_we_read(make: Make, tiny_models: Any) -> None:
 
 
 def test_rows_of_the_dataset_reach_the_trainer_whole(make: Make) -> None:
-    # posterior_trainer._prompt_keys identifies a prompt by its row; equal rows must hash alike, whatever their history
+    # posterior_trainer._row_hashes identifies a prompt by its row; equal rows must hash alike, whatever their history
     dataset = Dataset.from_dict({"prompt": PROMPTS, "answer": [{"value": i, "text": str(i)} for i in range(4)]})
     trainer = make({"max_steps": 4}, train_dataset=dataset)
     trainer.train()

@@ -17,6 +17,9 @@ class DPGConfig(OffPolicyConfig):
     Configuration for the [`DPGTrainer`]: that of [`OffPolicyConfig`].
     """
 
+    def make_divergence(self) -> Divergence:
+        return get_divergence("forward_kl")
+
 
 class DPGTrainer(OffPolicyTrainer):
     """
@@ -75,9 +78,6 @@ class DPGTrainer(OffPolicyTrainer):
     }
 
     config_class = DPGConfig
-
-    def make_divergence(self, args: DPGConfig) -> Divergence:
-        return get_divergence("forward_kl")
 
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
         return finite_exp(sequences.log_target - sequences.log_z - sequences.log_proposal)

@@ -1,44 +1,20 @@
 """f-DPG: any f-divergence to the posterior, minimised with its own pseudo-reward."""
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from ..divergences import DIVERGENCES, Divergence, get_divergence
 from ..estimators import leave_one_out_baseline, score_function_coefficient
-from .posterior_config import PosteriorConfig
+from .posterior_config import DivergenceConfig
 from .posterior_trainer import PosteriorTrainer, Sequences
 
 
 @dataclass
-class FDPGConfig(PosteriorConfig):
+class FDPGConfig(DivergenceConfig):
     r"""
-    Configuration for the [`FDPGTrainer`].
-
-    This class includes only the parameters that are specific to f-DPG. For the others see [`PosteriorConfig`] and
-    [`~trl.GRPOConfig`].
-
-    Parameters:
-        divergence (`str`, *optional*, defaults to `"jensen_shannon"`):
-            Divergence `D_f(pi||p)` to minimise: `forward_kl`, `reverse_kl`, `jensen_shannon`, `total_variation`,
-            `squared_hellinger`, `pearson_chi2`, `neyman_chi2` or `alpha`.
-        alpha (`float`, *optional*):
-            Order of the `alpha` divergence: 0 is forward KL, 1 is reverse KL.
+    Configuration for the [`FDPGTrainer`]: that of [`DivergenceConfig`], with Jensen-Shannon as the default.
     """
-
-    divergence: str = field(
-        default="jensen_shannon",
-        metadata={"help": "Divergence D_f(pi||p) to minimise.", "choices": list(DIVERGENCES)},
-    )
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "Order of the 'alpha' divergence: 0 is forward KL, 1 is reverse KL."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        get_divergence(self.divergence, self.alpha)  # refuses an unknown one before any model is loaded
 
 
 class FDPGTrainer(PosteriorTrainer):
@@ -94,9 +70,6 @@ class FDPGTrainer(PosteriorTrainer):
     }
 
     config_class = FDPGConfig
-
-    def make_divergence(self, args: FDPGConfig) -> Divergence:
-        return get_divergence(args.divergence, args.alpha)
 
     def coefficient(self, sequences: Sequences) -> torch.Tensor:
         return score_function_coefficient(*sequences, self.divergence)

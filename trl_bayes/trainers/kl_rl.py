@@ -27,6 +27,9 @@ class KLRLConfig(PosteriorConfig):
                 "`prior_model_name_or_path` unset, or set `beta` > 0."
             )
 
+    def make_divergence(self) -> Divergence:
+        return get_divergence("reverse_kl")
+
 
 class KLRLTrainer(PosteriorTrainer):
     """
@@ -69,9 +72,6 @@ class KLRLTrainer(PosteriorTrainer):
     _name = "KL-RL"
 
     config_class = KLRLConfig
-
-    def make_divergence(self, args: KLRLConfig) -> Divergence:
-        return get_divergence("reverse_kl")
 
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
         if self.beta == 0:  # pure RL: no prior, the evidence is the reward itself

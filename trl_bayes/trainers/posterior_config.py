@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
+from ..divergences import DIVERGENCES, Divergence, get_divergence
 from .exactness import as_mapping, distribution_altering_settings
 
 
@@ -134,9 +135,43 @@ class PosteriorConfig(GRPOConfig):
                 f"`pseudo_reward_cap={self.pseudo_reward_cap}` must be positive: unset is the exact gradient."
             )
 
+    def make_divergence(self) -> Divergence:
+        """The divergence `D_f(pi||p)` that is minimised."""
+        raise NotImplementedError(f"{type(self).__name__} names no divergence: use the config of a trainer.")
+
     def ineffective_settings(self) -> list[str]:
         """GRPO parameters that the user changed and that these trainers do not use."""
         return [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]
+
+
+@dataclass
+class DivergenceConfig(PosteriorConfig):
+    r"""
+    Configuration of a trainer for any f-divergence.
+
+    Parameters:
+        divergence (`str`, *optional*, defaults to `"jensen_shannon"`):
+            Divergence `D_f(pi||p)` to minimise: `forward_kl`, `reverse_kl`, `jensen_shannon`, `total_variation`,
+            `squared_hellinger`, `pearson_chi2`, `neyman_chi2` or `alpha`.
+        alpha (`float`, *optional*):
+            Order of the `alpha` divergence: 0 is forward KL, 1 is reverse KL.
+    """
+
+    divergence: str = field(
+        default="jensen_shannon",
+        metadata={"help": "Divergence D_f(pi||p) to minimise.", "choices": list(DIVERGENCES)},
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Order of the 'alpha' divergence: 0 is forward KL, 1 is reverse KL."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.make_divergence()  # refuses an unknown one before any model is loaded
+
+    def make_divergence(self) -> Divergence:
+        return get_divergence(self.divergence, self.alpha)
 
 
 def refuse_inexact_sampling(args: GRPOConfig) -> None:

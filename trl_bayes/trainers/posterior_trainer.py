@@ -25,7 +25,6 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from .. import estimators
-from ..divergences import Divergence
 from ..running_partition import RunningPartition
 from ..targets import Target, build_target
 from .exactness import distribution_altering_settings
@@ -143,7 +142,7 @@ class PosteriorTrainer(GRPOTrainer):
             )
         if target is not None and args.target is not None:
             raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
-        self.divergence = self.make_divergence(args)
+        self.divergence = args.make_divergence()
         self.target = build_target(args.target if target is None else target, args.beta or 1.0)
         self._refuse_infinite_divergence()
         if ignored := args.ineffective_settings():
@@ -183,10 +182,6 @@ class PosteriorTrainer(GRPOTrainer):
     # What a subclass decides
 
     @abstractmethod
-    def make_divergence(self, args: Any) -> Divergence:
-        """The divergence to the posterior that `args` ask for."""
-
-    @abstractmethod
     def coefficient(self, sequences: Sequences) -> torch.Tensor:
         """The factor `c_i` of `grad log pi(y_i)` in the gradient of the loss; no gradient flows through it."""
 
@@ -203,12 +198,9 @@ class PosteriorTrainer(GRPOTrainer):
         ratio = estimators.finite_exp(sequences.log_policy - sequences.log_proposal)
         return ratio * self.divergence.f_over_t(log_density_ratio(sequences))
 
-    def estimate_log_z(
-        self, group: Sequences, valid: torch.Tensor, past: tuple[torch.Tensor, ...] = ()
-    ) -> torch.Tensor:
+    def choose_log_z(self, group: Sequences, valid: torch.Tensor, importance_estimate: torch.Tensor) -> torch.Tensor:
         """The evidence `log Z` that each completion of a group is compared with; all shapes `(P, G)`."""
-        weights = estimators.log_weights(group.log_target, group.log_proposal)
-        return estimators.leave_one_out_log_partition(weights, valid, *past)
+        return importance_estimate
 
     # ---------------------------------------------------------------------------------------------------------------
     # Refusals that need the target or the model
@@ -247,28 +239,30 @@ class PosteriorTrainer(GRPOTrainer):
         return self._latest_rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        keys = self._prompt_keys(inputs)  # before TRL adds fields to `inputs`
+        rows = self._row_hashes(inputs)  # before TRL adds fields to `inputs`
         output = super()._generate_and_score_completions(inputs)
+        if self.running_partition is not None:
+            output["prompt_key"] = _prompt_keys(rows, output)
         with torch.no_grad():
-            self._add_posterior_terms(output, keys)
+            self._add_posterior_terms(output)
         return output
 
-    def _prompt_keys(self, inputs: list[dict[str, Any]]) -> torch.Tensor | None:
-        """Identity of each dataset row (evidence may depend on all its columns), int64 of shape `(B,)`."""
+    def _row_hashes(self, inputs: list[dict[str, Any]]) -> list[int]:
+        """Identity of each dataset row, all its columns included: the evidence may depend on any of them."""
         if self.running_partition is None:
-            return None
+            return []
         start = self.accelerator.process_index * len(inputs)
-        keys: list[int] = []
+        hashes: list[int] = []
         for i, row in enumerate(inputs):
             same_group = i > 0 and (start + i) % self._group_size != 0  # a group repeats one row
-            keys.append(keys[-1] if same_group else int(Hasher.hash(row)[:15], 16))
-        return torch.tensor(keys, dtype=torch.int64, device=self.accelerator.device)
+            hashes.append(hashes[-1] if same_group else int(Hasher.hash(row)[:15], 16))
+        return hashes
 
     @property
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
 
-    def _add_posterior_terms(self, output: dict[str, Any], keys: torch.Tensor | None) -> None:
+    def _add_posterior_terms(self, output: dict[str, Any]) -> None:
         """Computes what concerns whole groups, from all processes, and adds this process's rows to `output`."""
         group_size = self._group_size
         local = self._sequence_log_probs(output)  # (B, 3)
@@ -276,22 +270,16 @@ class PosteriorTrainer(GRPOTrainer):
         phi = self._log_evidence().view(-1, group_size)  # (P, G)
         valid = ~phi.isnan()
         log_target = log_prior + phi.masked_fill(~valid, 0.0)
+        weights = estimators.log_weights(log_target, log_proposal)
+        importance_estimate = self._importance_log_z(weights, valid, output.get("prompt_key"))
         zeros = torch.zeros_like(log_target)
         group = Sequences(log_policy, log_target, log_proposal, log_z=zeros, baseline=zeros)
-        past: tuple[torch.Tensor, ...] = ()
-        if self.running_partition is not None and keys is not None:
-            prompt_keys = self.accelerator.gather(keys).view(-1, group_size)[:, 0]  # (P,)
-            past = self.running_partition.past(prompt_keys)
-            if self.model.training:
-                weights = estimators.log_weights(log_target, log_proposal)
-                self.running_partition.update(prompt_keys, weights, valid)
-
-        log_z = self.estimate_log_z(group, valid, past)  # (P, G)
+        log_z = self.choose_log_z(group, valid, importance_estimate)  # (P, G)
         usable = valid & log_z.isfinite()  # a prompt without evidence has log Z = -inf
         group = group._replace(log_z=log_z.masked_fill(~usable, 0.0))
         group = group._replace(baseline=self.baseline(group, usable))
         advantages = -self._capped(self._scaled_coefficient(group)).masked_fill(~usable, 0.0)
-        self._log_group(group, log_prior, valid, usable, past)
+        self._log_group(group, log_prior, weights, importance_estimate, valid, usable)
 
         start = self.accelerator.process_index * local.size(0)
         mine = slice(start, start + local.size(0))
@@ -304,12 +292,20 @@ class PosteriorTrainer(GRPOTrainer):
             "advantages": advantages,
         }
         output |= {name: term.reshape(-1)[mine] for name, term in terms.items()}
-        if keys is not None:
-            output["prompt_key"] = keys
         shown = cast("deque[float]", self._logs["advantages"])  # TRL's table of completions ends with this batch
         for _ in range(min(advantages.numel(), len(shown))):
             shown.pop()
         shown.extend(advantages.flatten().tolist())
+
+    def _importance_log_z(self, weights: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
+        """`log Z` for each completion from the importance weights of all others, earlier visits' too: `(P, G)`."""
+        if self.running_partition is None or keys is None:
+            return estimators.leave_one_out_log_partition(weights, valid)
+        prompt_keys = self.accelerator.gather(keys).view(weights.shape)[:, 0]  # (P,)
+        log_z = estimators.leave_one_out_log_partition(weights, valid, *self.running_partition.past(prompt_keys))
+        if self.model.training:
+            self.running_partition.update(prompt_keys, weights, valid)
+        return log_z
 
     def _sequence_log_probs(self, output: dict[str, Any]) -> torch.Tensor:
         """`log pi`, `log q` and `log pi_0` of this process's completions, summed over their own tokens: `(B, 3)`."""
@@ -400,9 +396,10 @@ class PosteriorTrainer(GRPOTrainer):
         self,
         group: Sequences,
         log_prior: torch.Tensor,
+        weights: torch.Tensor,
+        log_z: torch.Tensor,
         valid: torch.Tensor,
         usable: torch.Tensor,
-        past: tuple[torch.Tensor, ...],
     ) -> None:
         """Logs where the policy stands. Means over prompts; a prompt for which a quantity is unknown is left out."""
         pseudo_reward = self.pseudo_reward(group)[usable]
@@ -412,8 +409,6 @@ class PosteriorTrainer(GRPOTrainer):
             "posterior/pseudo_reward_std": (pseudo_reward - pseudo_reward.mean()).square().mean().sqrt(),
         }
         if self.beta != 0:
-            weights = estimators.log_weights(group.log_target, group.log_proposal)
-            log_z = estimators.leave_one_out_log_partition(weights, valid, *past)  # (P, G)
             log_z = log_z.masked_fill(~(valid & log_z.isfinite()), torch.nan).nanmean(dim=1)  # (P,)
             fit = estimators.divergence_estimates(
                 group.log_policy, log_prior, group.log_target, group.log_proposal, log_z, valid
@@ -485,6 +480,13 @@ class PosteriorTrainer(GRPOTrainer):
 def log_density_ratio(sequences: Sequences) -> torch.Tensor:
     """`log t = log pi - log p`, in nats; `+inf` outside the posterior's support."""
     return sequences.log_policy - sequences.log_target + sequences.log_z
+
+
+def _prompt_keys(row_hashes: list[int], output: dict[str, Any]) -> torch.Tensor:
+    """Identity of each prompt, int64 `(B,)`: its dataset row, and its tokens where an environment wrote the prompt."""
+    ids, mask = output["prompt_ids"], output["prompt_mask"].bool()
+    keys = [hash((row, *own[kept].tolist())) for row, own, kept in zip(row_hashes, ids, mask, strict=True)]
+    return torch.tensor(keys, dtype=torch.int64, device=ids.device)
 
 
 def own_tokens(inputs: dict[str, Any]) -> torch.Tensor:

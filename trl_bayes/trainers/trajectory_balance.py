@@ -5,32 +5,29 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..divergences import DIVERGENCES, Divergence, get_divergence
+from ..divergences import DIVERGENCES
 from ..estimators import trajectory_balance_coefficient, vargrad_log_partition
 from .off_policy_trainer import OffPolicyConfig, OffPolicyTrainer
-from .posterior_config import PARTITIONS
+from .posterior_config import PARTITIONS, DivergenceConfig
 from .posterior_trainer import Sequences, log_density_ratio
 
 
 @dataclass
-class TrajectoryBalanceConfig(OffPolicyConfig):
+class TrajectoryBalanceConfig(DivergenceConfig, OffPolicyConfig):
     r"""
     Configuration for the [`TrajectoryBalanceTrainer`].
 
     This class includes only the parameters that are specific to trajectory balance. For the others see
-    [`OffPolicyConfig`], [`PosteriorConfig`] and [`~trl.GRPOConfig`].
+    [`OffPolicyConfig`], [`DivergenceConfig`], [`PosteriorConfig`] and [`~trl.GRPOConfig`].
 
     Parameters:
         divergence (`str`, *optional*, defaults to `"reverse_kl"`):
-            Divergence whose f-TB loss is minimised; `reverse_kl` is the squared log-ratio (VarGrad). The names are
-            those of [`FDPGConfig`].
-        alpha (`float`, *optional*):
-            Order of the `alpha` divergence: 0 is forward KL, 1 is reverse KL.
+            Divergence whose f-TB loss is minimised; `reverse_kl` is the squared log-ratio (VarGrad).
         partition (`str`, *optional*, defaults to `"leave_one_out"`):
             How `log Z` is estimated; see [`TrajectoryBalanceTrainer`].
     """
 
-    # Parameters whose default values are overridden from PosteriorConfig
+    # Parameters whose default values are overridden
     partition: str = field(
         default="leave_one_out",
         metadata={
@@ -39,19 +36,10 @@ class TrajectoryBalanceConfig(OffPolicyConfig):
             "choices": list(PARTITIONS),
         },
     )
-
     divergence: str = field(
         default="reverse_kl",
         metadata={"help": "Divergence whose f-TB loss is minimised.", "choices": list(DIVERGENCES)},
     )
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "Order of the 'alpha' divergence: 0 is forward KL, 1 is reverse KL."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        get_divergence(self.divergence, self.alpha)  # refuses an unknown one before any model is loaded
 
 
 class TrajectoryBalanceTrainer(OffPolicyTrainer):
@@ -114,15 +102,11 @@ class TrajectoryBalanceTrainer(OffPolicyTrainer):
     config_class = TrajectoryBalanceConfig
     args: TrajectoryBalanceConfig
 
-    def make_divergence(self, args: TrajectoryBalanceConfig) -> Divergence:
-        return get_divergence(args.divergence, args.alpha)
-
-    def estimate_log_z(
-        self, group: Sequences, valid: torch.Tensor, past: tuple[torch.Tensor, ...] = ()
-    ) -> torch.Tensor:
-        if past or self.args.reuses_samples or self.divergence.name != "reverse_kl":
-            return super().estimate_log_z(group, valid, past)
-        return vargrad_log_partition(group.log_policy - group.log_target, valid)
+    def choose_log_z(self, group: Sequences, valid: torch.Tensor, importance_estimate: torch.Tensor) -> torch.Tensor:
+        sees_siblings_only = self.args.partition == "leave_one_out" and not self.args.reuses_samples
+        if sees_siblings_only and self.divergence.name == "reverse_kl":
+            return vargrad_log_partition(group.log_policy - group.log_target, valid)
+        return importance_estimate
 
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
         return -self.coefficient(sequences)
