@@ -9,6 +9,7 @@ VENV ?= .venv
 EXTRAS ?= test,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
+QUICKSTART_ARGS ?=
 
 # The first interpreter that runs, is new enough and can make a virtual environment.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -23,7 +24,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PATH="$(abspath $(VENV))/bin:$$PATH"
 PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help install lint typecheck format test test-fast clean
+.PHONY: help install quickstart lint typecheck format test test-fast clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -34,10 +35,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv and ensurepip was found; set PYTHON=/path/to/python." >&2; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	$(PY) -m pip install "$(TORCH)" -c constraints.txt
-	$(PY) -m pip install -e ".[$(EXTRAS)]" -c constraints.txt
+	$(PY) -m pip install -e ".$(if $(EXTRAS),[$(EXTRAS)])" -c constraints.txt
 	@touch $@
 
 install: $(INSTALLED) ## make .venv with the tested versions
+
+quickstart: ## train the embedded prior four ways, measure and report: runs/quickstart/report.html (QUICKSTART_ARGS=--quick)
+	@test -x $(VENV)/bin/trl-bayes || $(MAKE) install EXTRAS=
+	HF_HUB_OFFLINE=1 $(VENV)/bin/trl-bayes quickstart $(QUICKSTART_ARGS)
 
 lint: $(INSTALLED) ## ruff: rules and formatting
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""`python -m trl_bayes.commands.bench`: our trainers and TRL's on tasks whose posterior is known exactly."""
+"""Compare our trainers with TRL's on tasks whose posterior is known exactly."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +29,9 @@ class BenchArguments:
     output_dir: str = field(default="runs/bench", metadata={"help": "Where exact.json and exact.md are written."})
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark and prints its table."""
-    (args,) = HfArgumentParser(cast(Any, BenchArguments)).parse_args_into_dataclasses()
+    (args,) = HfArgumentParser(cast(Any, BenchArguments)).parse_args_into_dataclasses(argv)
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
     known = problems()
     unknown = set(args.problems) - known.keys()

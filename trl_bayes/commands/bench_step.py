@@ -1,4 +1,4 @@
-"""`python -m trl_bayes.commands.bench_step`: step time and peak memory of each trainer as ratios to RLOOTrainer's."""
+"""Measure step time and peak memory of each trainer, as ratios to RLOOTrainer's."""
 
 import json
 import os
@@ -60,9 +60,10 @@ class StepArguments:
     only: str | None = None
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures every trainer in turn, or one if `--only` is given, and prints the table."""
-    (args,) = HfArgumentParser(cast(Any, StepArguments)).parse_args_into_dataclasses()
+    argv = sys.argv[1:] if argv is None else argv
+    (args,) = HfArgumentParser(cast(Any, StepArguments)).parse_args_into_dataclasses(argv)
     if args.only is not None:
         print(json.dumps(measure(args)))
         return
@@ -73,7 +74,7 @@ def main() -> None:
     with Progress() as progress:
         for job in progress.track(range(args.rounds * len(names)), description="measuring"):
             name = names[job % len(names)]
-            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--only", name]
+            command = [sys.executable, "-m", __spec__.name, *argv, "--only", name]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results[name].append(json.loads(output.splitlines()[-1]))
     print(to_markdown(results))

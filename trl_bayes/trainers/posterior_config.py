@@ -81,7 +81,7 @@ class PosteriorConfig(GRPOConfig):
     )
 
     # Parameters that control the target
-    target: str | dict[str, Any] | None = field(
+    target: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "The posterior to approximate: a name ('tilt', 'constraint', 'product'), a mapping with 'name' "

@@ -1,0 +1,13 @@
+"""Train by KL-RL: reinforcement learning with a KL penalty, and its exact optimum."""
+
+from ..trainers.kl_rl import KLRLTrainer
+from .training import run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains by [`KLRLTrainer`] as the command line says."""
+    run("kl-rl", KLRLTrainer, argv, __doc__)
+
+
+if __name__ == "__main__":
+    main()

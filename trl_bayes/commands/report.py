@@ -1,0 +1,43 @@
+"""Write one HTML report for runs that have been measured."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Reads `report.json` of each run, puts the runs on one page and prints where it is.
+
+    Args:
+        argv (`list[str]`, *optional*): defaults to the command line.
+
+    Raises:
+        SystemExit: code 2 after one sentence on stderr, for what cannot be read, compared or written.
+    """
+    args = _parser().parse_args(argv)
+    from ..diagnostics.report import merge_reports, read_report, write_report  # after the parser: it imports torch
+
+    folder = Path(args.output_dir)
+    try:
+        if (folder / "report.html").exists() and not args.overwrite:
+            raise ValueError(f"{folder / 'report.html'} exists: give another --output_dir, or --overwrite.")
+        report = merge_reports({path: read_report(path) for path in args.runs})
+        report.title = args.title or report.title
+        print(write_report(report, folder))
+    except (ValueError, OSError) as error:
+        print(f"trl-bayes report: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-bayes report", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with a report.json, such as runs/quickstart")
+    parser.add_argument("--output_dir", default="runs/report", help="where report.html, report.json and figures/ go")
+    parser.add_argument("--title", help="title of the page; by default the first run's")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
