@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_bayes.targets import Constraint, Target, Tilt
+from trl_bayes.targets import Constraint, Context, Target, Tilt
 
 
 NAN = math.nan
@@ -29,6 +29,41 @@ def test_a_target_of_ones_own() -> None:
     assert not target.hard
     assert target.state_dict() == {}
     target.load_state_dict({})
+
+
+class PerPrompt(Target):
+    """A target that depends on the prompt: the reward above the prompt's key."""
+
+    needs_context = True
+
+    def log_evidence(self, rewards: Tensor, context: Context | None = None) -> Tensor:
+        return rewards[:, 0] - self.require_context(context).prompt_key
+
+
+def test_only_a_target_that_needs_its_context_gets_it() -> None:
+    context = Context(torch.zeros(2), torch.tensor([1, 3]))
+    assert PerPrompt()(REWARDS, context).tolist() == [0.0, 1.0]
+    assert First()(REWARDS, context).tolist() == First()(REWARDS).tolist() == [1.0, 4.0]
+    with pytest.raises(
+        ValueError, match="^PerPrompt needs to know the prompts and the prior's probabilities: call it"
+    ):
+        PerPrompt()(REWARDS)
+
+
+def test_a_target_that_learns_nothing() -> None:
+    target = First()
+    assert target.is_fitted
+    target.require_fitted()
+    assert target.log_partition(torch.tensor([1])) is None
+    assert target.diagnostics() == {}
+
+
+def test_weighted_sum() -> None:
+    target = First(["quality", "compiles"])
+    target.bind(NAMES, torch.tensor([0.5, 2.0, 3.0]))
+    rewards = torch.cat([REWARDS, torch.full((1, 3), NAN)])
+    assert target.weighted_sum(rewards).tolist() == pytest.approx([4.5, 2.0, NAN], nan_ok=True)
+    assert target.weighted_sum(rewards).dtype == torch.float32
 
 
 def test_a_target_must_say_what_its_evidence_is() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from trl_bayes.targets import Constraint, Product, Target, Tilt, build_target
+from trl_bayes.targets import Constraint, Product, Target, Tilt, build_target, worst_of_n
 
 
 class Mine(Target):
@@ -39,6 +39,32 @@ GIVEN = Constraint(rewards="short")
             {"name": "constraint", "threshold": 1, "rewards": ["a", "b"]},
             "Constraint(threshold=1.0, rewards=['a', 'b'])",
         ),
+        ({"name": "moments", "mu": {"female": 0.5, "science": 0.4}}, "Moments(mu={'female': 0.5, 'science': 0.4})"),
+        (
+            {"name": "calibrated", "transform": "best_of_n", "n": 5},
+            "Calibrated(transform=best_of_n(n=5), beta=0.25)",
+        ),
+        (
+            {"name": "calibrated", "transform": "best_of_n", "n": 5, "beta": 2, "rewards": "quality"},
+            "Calibrated(transform=best_of_n(n=5), beta=2.0, rewards=['quality'])",
+        ),
+        (
+            {"name": "calibrated", "transform": "ctrl_worst_of_n", "t": 5},
+            "Calibrated(transform=ctrl_worst_of_n(t=5.0), beta=0.3)",
+        ),
+        (
+            {"name": "calibrated", "transform": "identity", "beta": 0.5},
+            "Calibrated(transform=identity(), beta=0.5)",
+        ),
+        ({"name": "calibrated", "transform": worst_of_n(3)}, "Calibrated(transform=worst_of_n(n=3), beta=0.5)"),
+        ("log_sigmoid_centered", "LogSigmoidCentered(gamma=1.0, quantile=0.85)"),
+        (
+            {"name": "log_sigmoid_centered", "gamma": 0.5, "quantile": 0.5, "rewards": ["a", "b"]},
+            "LogSigmoidCentered(gamma=0.5, quantile=0.5, rewards=['a', 'b'])",
+        ),
+        ({"name": "tempered", "a": 2}, "Tempered(a=2.0)"),
+        ("chi_squared", "ChiSquared(beta=0.3)"),
+        ({"name": "chi_squared", "beta": 2, "rewards": "a"}, "ChiSquared(beta=2.0, rewards=['a'])"),
         (DOTTED, "Constraint(threshold=0.5)"),
         ({"name": DOTTED, "threshold": 2}, "Constraint(threshold=2.0)"),
         (GIVEN, "Constraint(threshold=0.5, rewards=['short'])"),
@@ -49,6 +75,17 @@ GIVEN = Constraint(rewards="short")
                 "factors": [{"name": "constraint", "rewards": "compiles"}, {"name": "tilt", "beta": 0.5}, "tilt"],
             },
             "Product(factors=[Constraint(threshold=0.5, rewards=['compiles']), Tilt(beta=0.5), Tilt(beta=0.3)])",
+        ),
+        (
+            {
+                "name": "product",
+                "factors": [
+                    "chi_squared",
+                    {"name": "calibrated", "transform": "identity"},
+                    {"name": "tempered", "a": 2},
+                ],
+            },
+            "Product(factors=[ChiSquared(beta=0.3), Calibrated(transform=identity(), beta=0.3), Tempered(a=2.0)])",
         ),
         (
             {"name": "product", "factors": [{"name": "product", "factors": [GIVEN]}, DOTTED]},
@@ -122,6 +159,24 @@ def test_not_a_specification(spec: Any) -> None:
             {"name": DOTTED, "beta": 0.1},
             f"The target '{DOTTED}' takes ['rewards', 'threshold']: got an unexpected keyword argument 'beta'.",
         ),
+        ("moments", "The target 'moments' takes ['mu']: missing a required argument: 'mu'."),
+        ({"name": "moments", "mu": 0.5}, "`Moments` needs a mapping of feature names to moments"),
+        ("calibrated", "The target 'calibrated' takes ['transform', 'beta', 'rewards']: missing a required argument"),
+        ({"name": "calibrated", "transform": "best"}, "Unknown transform 'best': use one of ['best_of_n', "),
+        ({"name": "calibrated", "transform": 3}, "Unknown transform 3: use one of ["),
+        (
+            {"name": "calibrated", "transform": "best_of_n"},
+            "The transform 'best_of_n' takes ['n']: missing a required argument: 'n'.",
+        ),
+        (
+            {"name": "calibrated", "transform": "best_of_n", "n": 4, "t": 5},
+            "The transform 'best_of_n' takes ['n']: got an unexpected keyword argument 't'.",
+        ),
+        (
+            {"name": "calibrated", "transform": worst_of_n(3), "n": 4},
+            "The transform worst_of_n(n=3) is already made, so ['n'] cannot be set.",
+        ),
+        ("tempered", "The target 'tempered' takes ['a']: missing a required argument: 'a'."),
         ({"name": "tilt", "beta": -1.0}, "`Tilt` needs a positive finite `beta`"),
         ("product", "`Product` needs at least one factor."),
         ({"name": "product", "factors": ["tilt", "tild"]}, "Unknown target 'tild'"),

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_bayes.targets import Constraint, Product, Target, Tilt
+from trl_bayes.targets import (
+    Calibrated,
+    ChiSquared,
+    Constraint,
+    Moments,
+    PriorScores,
+    Product,
+    Target,
+    Tempered,
+    Tilt,
+)
 
 
 INF, NAN = math.inf, math.nan
@@ -60,6 +70,40 @@ def test_factors_are_bound() -> None:
     product = Product([Tilt(0.5, rewards="quality"), Tilt(0.5, rewards="style")])
     with pytest.raises(ValueError, match="Tilt reads the reward 'style', but the reward functions are"):
         product.bind(NAMES)
+
+
+def test_a_product_needs_what_its_factors_need() -> None:
+    assert not constrained_tilt().needs_context
+    assert not constrained_tilt().needs_prior_samples
+    assert Product([Tilt(0.5), Tempered(2.0)]).needs_context
+    product = Product([Tilt(0.5), Product([ChiSquared(1.0)])])
+    assert product.needs_context
+    assert product.needs_prior_samples
+    assert not product.is_fitted
+    assert not product.fits_under_others
+
+
+def test_factors_learn_from_the_prior_alone() -> None:
+    """A threshold beside a constraint is the prior's, as it would be without the constraint."""
+    rewards = torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0))
+    prior = PriorScores(rewards, torch.zeros(2, 50), torch.tensor([4, 1]))
+    alone, factor = ChiSquared(0.5, rewards="quality"), ChiSquared(0.5, rewards="quality")
+    product = Product([Constraint(rewards="compiles"), factor])
+    for target in (alone, product):
+        target.bind(NAMES)
+        target.fit(prior)
+    assert product.is_fitted
+    assert torch.equal(factor.table.values, alone.table.values)
+
+
+def test_diagnostics_of_all_factors() -> None:
+    prior = PriorScores(torch.rand(1, 500, 2), torch.zeros(1, 500), torch.tensor([0]))
+    product = Product([Calibrated("identity", 1.0), Moments({"quality": 0.55}), Calibrated("identity", 2.0)])
+    product.bind(NAMES)
+    product.fit(prior)
+    assert {"calibrated/tied_frac", "2/calibrated/tied_frac", "moments/quality", "moments/ess"} <= set(
+        product.diagnostics()
+    )
 
 
 def test_a_product_is_hard_if_a_factor_is() -> None:

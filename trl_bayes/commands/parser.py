@@ -1,7 +1,6 @@
 """TRL's parser, strict: a recipe's keys and values are checked before anything is loaded, and help is grouped."""
 
 import argparse
-import dataclasses
 import os
 import types
 from collections.abc import Iterable, Mapping

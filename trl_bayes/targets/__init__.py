@@ -1,10 +1,54 @@
 """Targets: which posterior to approximate. Each turns rewards into log-evidence phi; none knows a trainer."""
 
-from .base import Target
+from .base import Context, Target
 from .build import build_target
+from .calibrated import Calibrated
+from .chi_squared import ChiSquared
 from .constraint import Constraint
+from .contract import assert_target_contract
+from .log_sigmoid import LogSigmoidCentered
+from .moments import Moments
+from .prior_scores import PartitionEstimate, PriorScores, PromptTable, prior_log_partition
 from .product import Product
+from .tempered import Tempered
 from .tilt import Tilt
+from .transforms import (
+    CalibratedLaw,
+    Transform,
+    best_of_n,
+    beta_for_kl,
+    calibrated_law,
+    ctrl_best_of_n,
+    ctrl_worst_of_n,
+    identity,
+    worst_of_n,
+)
 
 
-__all__ = ["Constraint", "Product", "Target", "Tilt", "build_target"]
+__all__ = [
+    "Calibrated",
+    "CalibratedLaw",
+    "ChiSquared",
+    "Constraint",
+    "Context",
+    "LogSigmoidCentered",
+    "Moments",
+    "PartitionEstimate",
+    "PriorScores",
+    "Product",
+    "PromptTable",
+    "Target",
+    "Tempered",
+    "Tilt",
+    "Transform",
+    "assert_target_contract",
+    "best_of_n",
+    "beta_for_kl",
+    "build_target",
+    "calibrated_law",
+    "ctrl_best_of_n",
+    "ctrl_worst_of_n",
+    "identity",
+    "prior_log_partition",
+    "worst_of_n",
+]

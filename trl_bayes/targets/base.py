@@ -2,9 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+
+if TYPE_CHECKING:
+    from .prior_scores import PriorScores
+
+
+class Context(NamedTuple):
+    """What some targets must know of `N` completions besides their rewards; see `Target.needs_context`."""
+
+    log_prior: torch.Tensor
+    """`log pi_0(y|x)` of shape `(N,)`, in nats, at the sampling temperature."""
+    prompt_key: torch.Tensor
+    """Which prompt each completion belongs to: int64 of shape `(N,)`, the keys of [`PriorScores`]."""
 
 
 class Target(ABC):
@@ -15,7 +28,15 @@ class Target(ABC):
     the trainer tells it the names and weights of the reward functions with [`~Target.bind`] before it is used. See
     [RL with KL penalties is better viewed as Bayesian inference](https://huggingface.co/papers/2205.11275).
 
-    Write your own by subclassing: implement [`~Target.log_evidence`], and set `hard = True` if `phi` can be `-inf`.
+    Write your own by subclassing, and check it with [`assert_target_contract`]:
+
+    - implement `log_evidence(rewards)`, and set `hard = True` if `phi` can be `-inf`. For most targets this is all.
+    - If `phi` depends on the prompt or on the prior's probability, set `needs_context = True` and implement
+      `log_evidence(rewards, context=None)`: it is then called with a [`Context`].
+    - If it learns from the prior, set `needs_prior_samples = True` and implement [`~Target.fit`],
+      [`~Target.is_fitted`], [`~Target.state_dict`] and [`~Target.load_state_dict`].
+
+    Whoever evaluates a target calls it, `target(rewards, context)`, which works for all of them.
 
     Args:
         rewards (`str` or `list[str]`, *optional*):
@@ -26,6 +47,18 @@ class Target(ABC):
     hard: bool = False
     """Whether `phi` can be `-inf`, i.e. the posterior gives zero probability to some completions."""
 
+    reads_rewards: bool = True
+    """Whether `phi` depends on rewards, so that a completion without any cannot be scored."""
+
+    needs_context: bool = False
+    """Whether `log_evidence` takes a [`Context`] as its second argument."""
+
+    needs_prior_samples: bool = False
+    """Whether [`~Target.fit`] must be called with scored samples of the prior before the target is used."""
+
+    fits_under_others: bool = False
+    """Whether what is learnt depends on the other factors of a [`Product`]: it is then fitted last, under theirs."""
+
     def __init__(self, rewards: str | Sequence[str] | None = None):
         self.rewards = [rewards] if isinstance(rewards, str) else None if rewards is None else list(rewards)
         if self.rewards is not None and not self.rewards:
@@ -35,10 +68,15 @@ class Target(ABC):
         self._columns: list[int] | None = None
         self._weights: torch.Tensor | None = None
 
+    # ---------------------------------------------------------------------------------------------------------------
+    # The evidence
+
     @abstractmethod
     def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
         """
         Log-evidence of each completion.
+
+        A target with `needs_context = True` takes a second argument, `context: Context | None = None`.
 
         Args:
             rewards (`torch.Tensor`):
@@ -48,6 +86,25 @@ class Target(ABC):
             `torch.Tensor`: `phi` of shape `(N,)` in nats, in `[-inf, inf)`; `NaN` marks a completion that has no
             reward at all and is left out of the update.
         """
+
+    def __call__(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        """`phi` of shape `(N,)`, in nats: [`~Target.log_evidence`] with the context if this target needs it."""
+        if not self.needs_context:
+            return self.log_evidence(rewards)
+        # One signature in the base class, so that targets without a context need not mention it
+        return self.log_evidence(rewards, self.require_context(context))  # type: ignore[call-arg]
+
+    def require_context(self, context: Context | None) -> Context:
+        """The context, which a target that needs it must have been given."""
+        if context is None:
+            raise ValueError(
+                f"{type(self).__name__} needs to know the prompts and the prior's probabilities: call it as "
+                "`target(rewards, Context(log_prior, prompt_key))`."
+            )
+        return context
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Reward functions by name
 
     def bind(self, reward_names: Sequence[str], reward_weights: torch.Tensor | None = None) -> None:
         """
@@ -84,6 +141,63 @@ class Target(ABC):
             return rewards.new_ones(self.select(rewards[:1]).size(1))
         weights = self._weights.to(rewards)
         return weights if self._columns is None else weights[self._columns]
+
+    def weighted_sum(self, rewards: torch.Tensor) -> torch.Tensor:
+        """
+        The reward `sum_k w_k r_k` of each completion, `(N,)`; `NaN` only where no selected reward applies.
+
+        It is added up in double precision and then rounded, so that the order of the terms, which may depend on the
+        size of the batch, does not tell completions with the same rewards apart: ranks depend on it.
+        """
+        selected = self.select(rewards)  # (N, K')
+        total = (selected.double() * self.select_weights(rewards).double()).nansum(dim=1).to(rewards.dtype)
+        return total.masked_fill(selected.isnan().all(dim=1), torch.nan)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # What is learnt from the prior
+
+    def fit(self, prior: "PriorScores") -> None:  # noqa: B027 - nothing to learn by default
+        """
+        Learns from samples of the prior that the bound reward functions have scored.
+
+        Args:
+            prior ([`PriorScores`]): rewards `(P, N, K)`, `log pi_0` `(P, N)` and keys `(P,)` of `P` prompts.
+
+        Raises:
+            ValueError: if the samples do not allow what the target asks for.
+        """
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the target can be used: nothing is to be learnt, or it has been (by a fit or from a checkpoint)."""
+        return not self.needs_prior_samples
+
+    def require_fitted(self) -> None:
+        """Raises where the target is used before [`~Target.fit`]."""
+        if not self.is_fitted:
+            raise ValueError(
+                f"Call `fit(prior_scores)` first: {type(self).__name__} learns from samples of the prior."
+            )
+
+    def log_partition(self, keys: torch.Tensor) -> torch.Tensor | None:
+        """
+        `log Z` of some prompts where it is known without sampling the policy, for `partition="known"`.
+
+        Args:
+            keys (`torch.Tensor`): prompt keys, int64 of shape `(P,)`.
+
+        Returns:
+            `torch.Tensor`, *optional*: shape `(P,)` in nats, `NaN` for a prompt where nothing could be learnt; `None`
+            for a target whose evidence has to be estimated.
+        """
+        return None
+
+    def diagnostics(self) -> dict[str, float]:
+        """What the fit gave, as named numbers to log and to save; empty for a target that does not learn."""
+        return {}
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Identity and state
 
     def settings(self) -> dict[str, Any]:
         """What defines this target, for its `repr` and to recognise a checkpoint of another target."""
