@@ -242,9 +242,10 @@ def hard_constraint_task() -> EnumerableTask:
     """A rare event, at least two "a", meant for phi = log(reward); 19,608 completions for each of 4 prompts.
 
     The prior is nearly uniform, as that of a freshly initialised model, and the event's probability under it, Z, is
-    0.082 on average over the prompts.
+    0.084 on average over the prompts. No prompt is a row of "a": with attention by relative position and no first
+    token a model cannot count equal tokens, so it could not tell "a a" after the prompt "a" from "a" after "a a".
     """
-    return EnumerableTask("abcdefg", 5, ("a", "b", "c d", "e f g"), _two_a_reward, seed=0, logit_std=0.1)
+    return EnumerableTask("abcdefg", 5, ("b", "c d", "e f g", "g b d c"), _two_a_reward, seed=0, logit_std=0.1)
 
 
 _BIGRAM_LENGTH = 5

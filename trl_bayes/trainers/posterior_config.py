@@ -9,7 +9,7 @@ from ..divergences import DIVERGENCES, Divergence, get_divergence
 from .exactness import as_mapping, distribution_altering_settings
 
 
-PARTITIONS = ("leave_one_out", "running")
+PARTITIONS = ("leave_one_out", "running", "prior_samples", "known")
 
 _NO_EFFECT = (
     "loss_type",
@@ -39,13 +39,19 @@ class PosteriorConfig(GRPOConfig):
             Temperature of the posterior `p ∝ pi_0 exp(r / beta)`, in units of reward per nat. This is the coefficient
             of KL-regularised RL, `E[r] - beta KL(pi||pi_0)`. `0.0` (no prior: pure RL) is for [`KLRLTrainer`] only.
         target (`str` or `dict[str, Any]`, *optional*):
-            The posterior to approximate: a name (`tilt`, `constraint`, `product`), a mapping with `name` and the
+            The posterior to approximate: a name (`tilt`, `constraint`, `moments`, ...), a mapping with `name` and the
             target's arguments, or the dotted path of a [`~trl_bayes.targets.Target`] class. Defaults to `tilt` with
             temperature `beta` over the weighted sum of the rewards.
         partition (`str`, *optional*, defaults to `"running"`):
             How the evidence `Z(x)` is estimated. `"leave_one_out"`: from the other completions of the group.
             `"running"`: the same, pooled with all earlier visits to the prompt, which is sharper where prompts come
-            back and the same where they do not.
+            back and the same where they do not. `"prior_samples"`: from `num_prior_samples` samples of the prior for
+            each prompt, drawn before the first update and then fixed, which makes the gradient unbiased given them.
+            `"known"`: the target's own, for one that knows it (`calibrated`, `chi_squared`).
+        num_prior_samples (`int`, *optional*, defaults to `100`):
+            Samples of the prior for each prompt, where the target or the partition needs them.
+        prior_samples_dir (`str`, *optional*):
+            Folder in which they are kept and found again. Defaults to `prior_samples` in `output_dir`.
         pseudo_reward_cap (`float`, *optional*):
             Largest magnitude of a completion's centred pseudo-reward (the factor of `grad log pi`, in nats). `None`
             is exact; a cap (alpha-DPG uses 10) trades bias for stability, and `posterior/capped_frac` says how often
@@ -84,8 +90,8 @@ class PosteriorConfig(GRPOConfig):
     target: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "The posterior to approximate: a name ('tilt', 'constraint', 'product'), a mapping with 'name' "
-            "and the target's arguments, or the dotted path of a Target class. Defaults to 'tilt'."
+            "help": "The posterior to approximate: a name ('tilt', 'constraint', 'moments', ...), a mapping with "
+            "'name' and the target's arguments, or the dotted path of a Target class. Defaults to 'tilt'."
         },
     )
     prior_model_name_or_path: str | None = field(
@@ -97,10 +103,19 @@ class PosteriorConfig(GRPOConfig):
     partition: str = field(
         default="running",
         metadata={
-            "help": "How the evidence Z(x) is estimated: 'leave_one_out' (the other completions of the group) or "
-            "'running' (the same, pooled with all earlier visits to the prompt).",
+            "help": "How the evidence Z(x) is estimated: 'leave_one_out' (the other completions of the group), "
+            "'running' (the same, pooled with all earlier visits to the prompt), 'prior_samples' (from samples of the "
+            "prior, drawn before the first update) or 'known' (the target's own).",
             "choices": list(PARTITIONS),
         },
+    )
+    num_prior_samples: int = field(
+        default=100,
+        metadata={"help": "Samples of the prior for each prompt, where the target or the partition needs them."},
+    )
+    prior_samples_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the prior samples. Defaults to `prior_samples` in `output_dir`."},
     )
     pseudo_reward_cap: float | None = field(
         default=None,
@@ -130,6 +145,10 @@ class PosteriorConfig(GRPOConfig):
             )
         if self.partition not in PARTITIONS:
             raise ValueError(f"Unknown `partition={self.partition!r}`: use one of {list(PARTITIONS)}.")
+        if self.num_prior_samples < 2:
+            raise ValueError(
+                f"`num_prior_samples={self.num_prior_samples}` is too few to learn from: set it to 2 or more."
+            )
         if self.pseudo_reward_cap is not None and not self.pseudo_reward_cap > 0:
             raise ValueError(
                 f"`pseudo_reward_cap={self.pseudo_reward_cap}` must be positive: unset is the exact gradient."

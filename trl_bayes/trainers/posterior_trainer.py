@@ -5,6 +5,7 @@ import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -25,8 +26,9 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from .. import estimators
+from ..prior_samples import Draw, PriorSamples
 from ..running_partition import RunningPartition
-from ..targets import Target, build_target
+from ..targets import Context, PromptTable, Target, build_target
 from .exactness import distribution_altering_settings
 from .posterior_config import PosteriorConfig
 from .prior import load_prior
@@ -175,7 +177,9 @@ class PosteriorTrainer(GRPOTrainer):
             self.ref_model = cast(PreTrainedModel, load_prior(self, args))
         self._refuse_inexact_model_defaults()
         self.target.bind(self.reward_func_names, self.reward_weights)
+        self._refuse_unsampled_prior()
         self.running_partition = RunningPartition() if args.partition == "running" else None
+        self.prior_log_z: PromptTable | None = None  # with `partition="prior_samples"`
         self._latest_rewards = torch.empty(0)  # of the latest generation, all processes: (B_global, K)
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -225,6 +229,101 @@ class PosteriorTrainer(GRPOTrainer):
                 f"completions are sampled from, but not the one that is scored: {advice} in `model.generation_config`."
             )
 
+    def _refuse_unsampled_prior(self) -> None:
+        """Samples of the prior are drawn by the policy before its first update, for the prompts of the data."""
+        if not self._needs_prior_samples:
+            return
+        needs = f"The target {self.target!r}" if self.target.needs_prior_samples else "`partition='prior_samples'`"
+        if self.args.prior_model_name_or_path is not None:
+            raise ValueError(
+                f"{needs} needs samples of the prior, which the policy draws before its first update: leave "
+                "`prior_model_name_or_path` unset."
+            )
+        if self.environment_factories is not None:
+            raise ValueError(
+                f"{needs} needs samples of the prior for each prompt, and an environment may write prompts that the "
+                "data does not have: use a target and a `partition` that learn nothing from the prior."
+            )
+        for dataset in self._datasets():
+            if not isinstance(dataset, Dataset):
+                raise ValueError(
+                    f"{needs} needs samples of the prior for each prompt, so all prompts must be known: use a data "
+                    "set that is not streamed."
+                )
+
+    @property
+    def _needs_prior_samples(self) -> bool:
+        return self.target.needs_prior_samples or self.args.partition == "prior_samples"
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # What is learnt from samples of the prior, before the first update
+
+    def _datasets(self) -> list[Any]:
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        return [dataset for dataset in (self.train_dataset, *evaluation.values()) if dataset is not None]
+
+    def learn_from_prior(self) -> None:
+        """
+        Draws samples of the prior for every prompt, and fits the target and `log Z` to them.
+
+        Called before the first generation. The samples are kept in `prior_samples_dir`, so that a second run with the
+        same model, prompts and rewards draws none.
+
+        Raises:
+            ValueError: samples are missing in the middle of a run, when the policy is no longer the prior.
+        """
+        rows = {_row_hash(row): row for dataset in self._datasets() for row in dataset}
+        samples = PriorSamples(
+            self.args.prior_samples_dir or Path(str(self.args.output_dir)) / "prior_samples",
+            self._prior_sample_settings(),
+            torch.tensor(list(rows), dtype=torch.int64),
+            num_samples=self.args.num_prior_samples,
+            chunk_size=self.args.per_device_train_batch_size * (self.args.steps_per_generation or 1),
+        )
+        if len(samples.missing()) and self.state.global_step > 0:
+            raise ValueError(
+                f"Samples of the prior are missing in {samples.folder}, and the policy has been trained since: start "
+                "again, or resume from a checkpoint with its `posterior_state` files."
+            )
+        samples.collect(
+            self._draw_prior,
+            list(rows.values()),
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.wait_for_everyone,
+            progress=not self.args.disable_tqdm,
+        )
+        scores = samples.scores()
+        if self.target.needs_prior_samples and not self.target.is_fitted:
+            self.target.fit(scores)
+        if self.args.partition == "prior_samples":
+            log_z = scores.log_partition(self.target).log_partition
+            self.prior_log_z = PromptTable.of(scores.keys, log_z)
+
+    def _prior_sample_settings(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "model": get_config_model_id(self.model.config),
+            "reward_functions": self.reward_func_names,
+            "temperature": args.temperature,
+            "max_completion_length": args.max_completion_length,
+            "seed": args.seed,
+        }
+
+    def _draw_prior(self, rows: list[dict[str, Any]], seed: int) -> Draw:
+        """Completions of the policy, which is still the prior, one for each row, with TRL's generation and rewards."""
+        mode = "train" if self.model.training else "eval"
+        metrics, logs = deepcopy(self._metrics[mode]), deepcopy(self._logs)
+        output = super()._generate_and_score_completions([dict(row) for row in rows])
+        self._metrics[mode], self._logs = metrics, logs  # as if nothing had been generated
+        mask = own_tokens(output)
+        log_prior = (output["ref_per_token_logps"].double() * mask).sum(dim=1)
+        pairs = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
+        ids = [row[kept].tolist() for row, kept in pairs]
+        start = self.accelerator.process_index * len(rows)
+        rewards = self._latest_rewards[start : start + len(rows)]
+        return Draw(ids, log_prior, rewards, self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+
     # ---------------------------------------------------------------------------------------------------------------
     # From a group of completions to what each of them needs in the loss
 
@@ -239,24 +338,39 @@ class PosteriorTrainer(GRPOTrainer):
         return self._latest_rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._needs_prior_samples and not self._has_learnt_from_prior:
+            self.learn_from_prior()
         rows = self._row_hashes(inputs)  # before TRL adds fields to `inputs`
         output = super()._generate_and_score_completions(inputs)
-        if self.running_partition is not None:
-            output["prompt_key"] = _prompt_keys(rows, output)
+        if rows:
+            output["prompt_key"] = self._prompt_keys(rows, output)
         with torch.no_grad():
             self._add_posterior_terms(output)
         return output
 
     def _row_hashes(self, inputs: list[dict[str, Any]]) -> list[int]:
         """Identity of each dataset row, all its columns included: the evidence may depend on any of them."""
-        if self.running_partition is None:
+        if self.args.partition == "leave_one_out" and not self.target.needs_context:
             return []
         start = self.accelerator.process_index * len(inputs)
         hashes: list[int] = []
         for i, row in enumerate(inputs):
             same_group = i > 0 and (start + i) % self._group_size != 0  # a group repeats one row
-            hashes.append(hashes[-1] if same_group else int(Hasher.hash(row)[:15], 16))
+            hashes.append(hashes[-1] if same_group else _row_hash(row))
         return hashes
+
+    def _prompt_keys(self, row_hashes: list[int], output: dict[str, Any]) -> torch.Tensor:
+        """Identity of each prompt, int64 `(B,)`: its dataset row, and its tokens where an environment wrote it."""
+        ids, mask = output["prompt_ids"], output["prompt_mask"].bool()
+        if self.environment_factories is not None:
+            pairs = zip(row_hashes, ids, mask, strict=True)
+            row_hashes = [hash((row, *own[kept].tolist())) for row, own, kept in pairs]
+        return torch.tensor(row_hashes, dtype=torch.int64, device=ids.device)
+
+    @property
+    def _has_learnt_from_prior(self) -> bool:
+        fitted = self.target.is_fitted or not self.target.needs_prior_samples
+        return fitted and (self.prior_log_z is not None or self.args.partition != "prior_samples")
 
     @property
     def _group_size(self) -> int:
@@ -267,11 +381,12 @@ class PosteriorTrainer(GRPOTrainer):
         group_size = self._group_size
         local = self._sequence_log_probs(output)  # (B, 3)
         log_policy, log_proposal, log_prior = self.accelerator.gather(local).view(-1, group_size, 3).unbind(dim=2)
-        phi = self._log_evidence().view(-1, group_size)  # (P, G)
+        keys = self.accelerator.gather(output["prompt_key"]) if "prompt_key" in output else None  # (B_global,)
+        phi = self._log_evidence(log_prior.flatten(), keys).view(-1, group_size)  # (P, G)
         valid = ~phi.isnan()
         log_target = log_prior + phi.masked_fill(~valid, 0.0)
         weights = estimators.log_weights(log_target, log_proposal)
-        importance_estimate = self._importance_log_z(weights, valid, output.get("prompt_key"))
+        importance_estimate = self._estimate_log_z(weights, valid, keys)
         zeros = torch.zeros_like(log_target)
         group = Sequences(log_policy, log_target, log_proposal, log_z=zeros, baseline=zeros)
         log_z = self.choose_log_z(group, valid, importance_estimate)  # (P, G)
@@ -297,14 +412,28 @@ class PosteriorTrainer(GRPOTrainer):
             shown.pop()
         shown.extend(advantages.flatten().tolist())
 
-    def _importance_log_z(self, weights: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
-        """`log Z` for each completion from the importance weights of all others, earlier visits' too: `(P, G)`."""
-        if self.running_partition is None or keys is None:
+    def _estimate_log_z(self, weights: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
+        """`log Z` for each completion, `(P, G)`, by the `partition` that the configuration names."""
+        if keys is None or self.args.partition == "leave_one_out":
             return estimators.leave_one_out_log_partition(weights, valid)
-        prompt_keys = self.accelerator.gather(keys).view(weights.shape)[:, 0]  # (P,)
+        prompt_keys = keys.view(weights.shape)[:, 0]  # (P,)
+        if self.running_partition is None:
+            return self._fixed_log_z(prompt_keys).to(weights).unsqueeze(1).expand_as(weights)
         log_z = estimators.leave_one_out_log_partition(weights, valid, *self.running_partition.past(prompt_keys))
         if self.model.training:
             self.running_partition.update(prompt_keys, weights, valid)
+        return log_z
+
+    def _fixed_log_z(self, prompt_keys: torch.Tensor) -> torch.Tensor:
+        """`log Z` of prompts, `(P,)`, that training does not change: from prior samples, or known to the target."""
+        if self.prior_log_z is not None:
+            return self.prior_log_z.lookup(prompt_keys)
+        log_z = self.target.log_partition(prompt_keys)
+        if log_z is None:
+            raise ValueError(
+                f"The target {self.target!r} does not know its evidence: set `partition` to 'running', "
+                "'leave_one_out' or 'prior_samples'."
+            )
         return log_z
 
     def _sequence_log_probs(self, output: dict[str, Any]) -> torch.Tensor:
@@ -332,10 +461,10 @@ class PosteriorTrainer(GRPOTrainer):
             )
         return logps
 
-    def _log_evidence(self) -> torch.Tensor:
+    def _log_evidence(self, log_prior: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         """`phi` of the latest completions of all processes, `(B_global,)`, checked."""
         rewards = self._latest_rewards
-        phi = self.target.log_evidence(rewards)
+        phi = self.target(rewards, None if keys is None else Context(log_prior, keys))
         if not isinstance(phi, torch.Tensor) or phi.shape != rewards.shape[:1]:
             got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
             raise ValueError(
@@ -422,6 +551,8 @@ class PosteriorTrainer(GRPOTrainer):
             }
         for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True):
             self._mode_metrics[name].append(value)
+        for name, value in self.target.diagnostics().items():
+            self._mode_metrics[f"posterior/target/{name}"].append(value)
 
     def _log_loss(self, entropies: torch.Tensor, mask: torch.Tensor, capped: torch.Tensor) -> None:
         sums = torch.stack([(entropies * mask).sum(), mask.sum(), capped.sum(), mask.new_tensor(capped.numel())])
@@ -441,6 +572,8 @@ class PosteriorTrainer(GRPOTrainer):
         }
         if self.running_partition is not None:
             state["running_partition"] = self.running_partition.state_dict()
+        if self.prior_log_z is not None:
+            state["prior_log_z"] = self.prior_log_z.state_dict()
         return state
 
     def load_posterior_state(self, state: dict[str, Any]) -> None:
@@ -454,6 +587,8 @@ class PosteriorTrainer(GRPOTrainer):
         self.target.load_state_dict(state["target"])
         if self.running_partition is not None and "running_partition" in state:
             self.running_partition.load_state_dict(state["running_partition"])
+        if self.args.partition == "prior_samples" and "prior_log_z" in state:
+            self.prior_log_z = PromptTable(**state["prior_log_z"])
 
     def _posterior_state_file(self, checkpoint: str | Path) -> Path:
         return Path(checkpoint) / f"posterior_state_{self.accelerator.process_index}.pt"
@@ -482,11 +617,8 @@ def log_density_ratio(sequences: Sequences) -> torch.Tensor:
     return sequences.log_policy - sequences.log_target + sequences.log_z
 
 
-def _prompt_keys(row_hashes: list[int], output: dict[str, Any]) -> torch.Tensor:
-    """Identity of each prompt, int64 `(B,)`: its dataset row, and its tokens where an environment wrote the prompt."""
-    ids, mask = output["prompt_ids"], output["prompt_mask"].bool()
-    keys = [hash((row, *own[kept].tolist())) for row, own, kept in zip(row_hashes, ids, mask, strict=True)]
-    return torch.tensor(keys, dtype=torch.int64, device=ids.device)
+def _row_hash(row: dict[str, Any]) -> int:
+    return int(Hasher.hash(row)[:15], 16)
 
 
 def own_tokens(inputs: dict[str, Any]) -> torch.Tensor:
