@@ -30,6 +30,7 @@ from ..prior_samples import Draw, PriorSamples
 from ..running_partition import RunningPartition
 from ..targets import Context, PromptTable, Target, build_target
 from .exactness import distribution_altering_settings
+from .model_card import posterior_section, with_section
 from .posterior_config import PosteriorConfig
 from .prior import load_prior
 
@@ -610,6 +611,25 @@ class PosteriorTrainer(GRPOTrainer):
             warnings.warn(f"{file} is missing: what was learnt about the evidence starts afresh.", stacklevel=2)
             return
         self.load_posterior_state(torch.load(file, weights_only=True))
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # The model card
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's model card, and in it which posterior the model was trained towards and where it stands."""
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if not self.is_world_process_zero():
+            return
+        file = Path(str(self.args.output_dir)) / "README.md"
+        section = posterior_section(
+            repr(self.target) if self.beta != 0 else "the largest reward (pure RL, no prior)",
+            self.divergence.name,
+            self.args.partition,
+            self.state.log_history,
+        )
+        file.write_text(with_section(file.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
 def log_density_ratio(sequences: Sequences) -> torch.Tensor:

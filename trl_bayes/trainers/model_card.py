@@ -1,0 +1,48 @@
+"""What a model card says of the posterior that a model was trained towards."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+_BEFORE = "### Framework versions"  # a heading of TRL's template
+
+_SHOWN = {
+    "posterior/log_z": "log Z, the log-evidence",
+    "posterior/kl_prior": "KL(π‖π₀) to the prior",
+    "posterior/reverse_kl": "KL(π‖p) to the posterior",
+    "posterior/forward_kl": "KL(p‖π) to the posterior",
+    "posterior/ess": "effective sample size, as a fraction of the group",
+    "reward": "reward",
+}
+
+
+def posterior_section(target: str, divergence: str, partition: str, log_history: Sequence[Mapping[str, Any]]) -> str:
+    """
+    The section in Markdown: target, divergence, how log Z is estimated, and the last logged estimates.
+
+    Args:
+        target, divergence, partition (`str`): as the trainer names them.
+        log_history (`Sequence[Mapping]`): the trainer's log, the latest entry last.
+    """
+    lines = [
+        "### Posterior",
+        "",
+        f"The target is `{target}`: the posterior p ∝ π₀ exp(φ), where π₀ is the prior and φ the log-evidence that "
+        f"the target reads from the rewards. The divergence is `{divergence}`, and log Z is estimated by `{partition}`.",
+    ]
+    latest = next((log for log in reversed(log_history) if "reward" in log), {})
+    shown = {label: latest[name] for name, label in _SHOWN.items() if name in latest}
+    if shown:
+        lines += ["", f"At step {latest['step']}, estimated from the completions of training, in nats:", ""]
+        lines += [
+            "| quantity | estimate |",
+            "|---|---|",
+            *(f"| {label} | {value:.4g} |" for label, value in shown.items()),
+        ]
+    return "\n".join(lines)
+
+
+def with_section(card: str, section: str) -> str:
+    """TRL's model card with the section before the versions, or at the end of a card from another template."""
+    head, found, tail = card.partition(_BEFORE)
+    return f"{head}{section}\n\n{found}{tail}" if found else f"{card.rstrip()}\n\n{section}\n"
