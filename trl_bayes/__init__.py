@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .trainers.ctrl import CTRLConfig, CTRLTrainer
     from .trainers.dpg import DPGConfig, DPGTrainer
     from .trainers.f_dpg import FDPGConfig, FDPGTrainer
     from .trainers.kl_rl import KLRLConfig, KLRLTrainer
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "CTRLConfig": "ctrl",
+    "CTRLTrainer": "ctrl",
     "DPGConfig": "dpg",
     "DPGTrainer": "dpg",
     "FDPGConfig": "f_dpg",
@@ -28,6 +31,8 @@ _MODULE_OF = {
 }
 
 __all__ = [  # noqa: F822 - imported on first use, since TRL takes seconds to import
+    "CTRLConfig",
+    "CTRLTrainer",
     "DPGConfig",
     "DPGTrainer",
     "FDPGConfig",

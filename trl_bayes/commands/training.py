@@ -42,6 +42,7 @@ from .launch import (
     split_launcher_flags,
 )
 from .parser import RecipeParser, nearest, read_recipe
+from .prompts import with_prompts
 
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -60,6 +61,13 @@ class TrainingScriptArguments(ScriptArguments):
             Id or folder of a reward model, used besides `reward_funcs`.
         reward_funcs (`list[str]`, *optional*):
             Reward functions, as [`~trl_bayes.rewards.build_reward`] reads them.
+        prompt_template (`str`, *optional*):
+            The prompt as a text with columns of the data in braces, for data without a column `prompt`:
+            `"{question}"`, `"{prompt[text]}"`. Doubled braces are literal.
+        prompt_words (`int`, *optional*):
+            Number of words to keep of each prompt, from its beginning.
+        prompt_as_message (`bool`, *optional*, defaults to `False`):
+            Whether the prompt becomes a user's message, for chat models.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to train into an `output_dir` that is not empty. Checkpoints in it are removed; other files stay
             until they are written anew.
@@ -74,6 +82,19 @@ class TrainingScriptArguments(ScriptArguments):
             "help": "Reward functions: names (parses, accuracy_reward, ...), dotted paths, or ids and folders of "
             "reward models. With arguments, in YAML: `{name: max_length, characters: 40}`, as JSON as a flag."
         },
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt as a text with columns of the data in braces, for data without a column `prompt`: "
+            "'{question}', '{prompt[text]}'. Doubled braces are literal."
+        },
+    )
+    prompt_words: int | None = field(
+        default=None, metadata={"help": "Number of words to keep of each prompt, from its beginning."}
+    )
+    prompt_as_message: bool = field(
+        default=False, metadata={"help": "Whether the prompt becomes a user's message, for chat models."}
     )
     overwrite: bool = field(
         default=False,
@@ -300,8 +321,8 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
         model=policy,
         reward_funcs=rewards,
         args=training,
-        train_dataset=_split(dataset, script.dataset_train_split),
-        eval_dataset=None if training.eval_strategy == "no" else _split(dataset, script.dataset_test_split),
+        train_dataset=_split(dataset, script.dataset_train_split, script),
+        eval_dataset=None if training.eval_strategy == "no" else _split(dataset, script.dataset_test_split, script),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
@@ -353,14 +374,16 @@ def _load_named(script: TrainingScriptArguments) -> Any:
     return load_dataset(file_format, data_files=name, **settings)
 
 
-def _split(dataset: Any, split: str) -> Any:
+def _split(dataset: Any, split: str, script: TrainingScriptArguments) -> Any:
     """One split, checked to have prompts."""
     if split not in dataset:
         raise ValueError(f"The data has no split {split!r}{nearest(split, dataset)}: it has {list(dataset)}.")
-    rows = dataset[split]
+    rows = with_prompts(dataset[split], script.prompt_template, script.prompt_words, script.prompt_as_message)
     columns = rows.column_names
     if columns is not None and "prompt" not in columns:
-        raise ValueError(f"The data's split {split!r} has no column 'prompt': it has {columns}.")
+        raise ValueError(
+            f"The data's split {split!r} has no column 'prompt': it has {columns}; see `prompt_template`."
+        )
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"The data's split {split!r} has no rows.")
     return rows

@@ -101,28 +101,28 @@ def max_length(characters: int) -> RewardFunction:
     return _named(reward, f"max_length_{characters}")
 
 
-def contains_name(name: str) -> RewardFunction:
-    """Make the reward 1[the identifier or keyword `name` is a token of the completed line].
+def contains_name(identifier: str) -> RewardFunction:
+    """Make the reward 1[the identifier or keyword `identifier` is a token of the completed line].
 
     `self` is a token of `self.x = 1`, but not of `myself = 1`, `"self"` or `# self`; a string counts as a whole,
     f-strings included. The line need not parse.
 
     Args:
-        name: An identifier or keyword.
+        identifier: A name or keyword, such as `self` or `import`.
 
     Returns:
-        A reward function, called `contains_name_<name>` in TRL's logs.
+        A reward function, called `contains_name_<identifier>` in TRL's logs.
 
     Raises:
-        ValueError: If `name` is not an identifier.
+        ValueError: If it is not one.
     """
-    if not name.isidentifier():
-        raise ValueError(f"`name` must be a Python identifier, but is {name!r}.")
+    if not identifier.isidentifier():
+        raise ValueError(f"`identifier` must be a Python identifier, but is {identifier!r}.")
 
     def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
-        return [float(_has_name(line, name)) for line in _completed_lines(prompts, completions)]
+        return [float(_has_name(line, identifier)) for line in _completed_lines(prompts, completions)]
 
-    return _named(reward, f"contains_name_{name}")
+    return _named(reward, f"contains_name_{identifier}")
 
 
 def _named(reward: RewardFunction, name: str) -> RewardFunction:

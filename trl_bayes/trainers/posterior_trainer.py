@@ -4,7 +4,8 @@ import textwrap
 import warnings
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -31,6 +32,7 @@ from ..running_partition import RunningPartition
 from ..targets import Context, PromptTable, Target, build_target
 from .exactness import distribution_altering_settings
 from .model_card import posterior_section, with_section
+from .model_identity import weights_fingerprint
 from .posterior_config import PosteriorConfig
 from .prior import load_prior
 
@@ -52,6 +54,8 @@ _MODEL_INPUTS = (
     "image_position_ids",
 )
 """Inputs of TRL's scorer besides token ids: they come and go with the model's modality."""
+
+_MOVED = 0.02  # nats per token from the prior: more than rounding, much less than another model
 
 
 class Sequences(NamedTuple):
@@ -179,6 +183,7 @@ class PosteriorTrainer(GRPOTrainer):
         self._refuse_inexact_model_defaults()
         self.target.bind(self.reward_func_names, self.reward_weights)
         self._refuse_unsampled_prior()
+        self._refuse_unknown_evidence()
         self.running_partition = RunningPartition() if args.partition == "running" else None
         self.prior_log_z: PromptTable | None = None  # with `partition="prior_samples"`
         self._latest_rewards = torch.empty(0)  # of the latest generation, all processes: (B_global, K)
@@ -235,6 +240,11 @@ class PosteriorTrainer(GRPOTrainer):
         if not self._needs_prior_samples:
             return
         needs = f"The target {self.target!r}" if self.target.needs_prior_samples else "`partition='prior_samples'`"
+        if self.beta == 0:
+            raise ValueError(
+                f"{needs} needs samples of the prior, and `beta=0` is pure RL, which has none: set `beta` > 0, or use "
+                "`partition='running'` and no target."
+            )
         if self.args.prior_model_name_or_path is not None:
             raise ValueError(
                 f"{needs} needs samples of the prior, which the policy draws before its first update: leave "
@@ -252,6 +262,19 @@ class PosteriorTrainer(GRPOTrainer):
                     "set that is not streamed."
                 )
 
+    def _refuse_unknown_evidence(self) -> None:
+        if self.args.partition == "known" and not self._knows_evidence():
+            raise ValueError(
+                f"The target {self.target!r} does not know its evidence: set `partition` to 'running', "
+                "'leave_one_out' or 'prior_samples'."
+            )
+
+    def _knows_evidence(self) -> bool:
+        try:
+            return self.target.log_partition(torch.empty(0, dtype=torch.int64)) is not None
+        except ValueError:  # it wants to be fitted first, so there is something to know
+            return not self.target.is_fitted
+
     @property
     def _needs_prior_samples(self) -> bool:
         return self.target.needs_prior_samples or self.args.partition == "prior_samples"
@@ -268,12 +291,14 @@ class PosteriorTrainer(GRPOTrainer):
         Draws samples of the prior for every prompt, and fits the target and `log Z` to them.
 
         Called before the first generation. The samples are kept in `prior_samples_dir`, so that a second run with the
-        same model, prompts and rewards draws none.
+        same model, prompts and rewards draws none. Neither metrics nor torch's random state show that anything was
+        drawn: the training that follows is the same, whether or not the samples were already there.
 
         Raises:
-            ValueError: samples are missing in the middle of a run, when the policy is no longer the prior.
+            ValueError: samples are missing in the middle of a run, or the policy is not the prior for another reason.
         """
-        rows = {_row_hash(row): row for dataset in self._datasets() for row in dataset}
+        datasets = [self._remove_unused_columns(dataset) for dataset in self._datasets()]  # as TRL gives them
+        rows = {_row_hash(row): row for dataset in datasets for row in dataset}
         samples = PriorSamples(
             self.args.prior_samples_dir or Path(str(self.args.output_dir)) / "prior_samples",
             self._prior_sample_settings(),
@@ -300,12 +325,21 @@ class PosteriorTrainer(GRPOTrainer):
         if self.args.partition == "prior_samples":
             log_z = scores.log_partition(self.target).log_partition
             self.prior_log_z = PromptTable.of(scores.keys, log_z)
+            if without := int((~log_z.isfinite()).sum()):
+                warnings.warn(
+                    f"{without} of {len(log_z)} prompts have no prior sample with evidence, so they are left out of "
+                    "training: increase `num_prior_samples`, or set `partition='running'`.",
+                    stacklevel=2,
+                )
 
     def _prior_sample_settings(self) -> dict[str, Any]:
-        args = self.args
+        args, model_id = self.args, get_config_model_id(self.model.config)
         return {
-            "model": get_config_model_id(self.model.config),
+            "model": model_id,
+            "weights": weights_fingerprint(model_id) or getattr(self.model.config, "_commit_hash", None),
             "reward_functions": self.reward_func_names,
+            "tools": sorted(tool.__name__ for tool in self.tools or []),
+            "chat_template_kwargs": self.chat_template_kwargs,
             "temperature": args.temperature,
             "max_completion_length": args.max_completion_length,
             "seed": args.seed,
@@ -313,17 +347,39 @@ class PosteriorTrainer(GRPOTrainer):
 
     def _draw_prior(self, rows: list[dict[str, Any]], seed: int) -> Draw:
         """Completions of the policy, which is still the prior, one for each row, with TRL's generation and rewards."""
-        mode = "train" if self.model.training else "eval"
-        metrics, logs = deepcopy(self._metrics[mode]), deepcopy(self._logs)
-        output = super()._generate_and_score_completions([dict(row) for row in rows])
-        self._metrics[mode], self._logs = metrics, logs  # as if nothing had been generated
-        mask = own_tokens(output)
-        log_prior = (output["ref_per_token_logps"].double() * mask).sum(dim=1)
+        with self._unrecorded():
+            output = super()._generate_and_score_completions([dict(row) for row in rows])
+        with torch.no_grad():
+            log_policy, _, log_prior = self._sequence_log_probs(output).unbind(dim=1)
+        self._refuse_policy_that_has_moved((log_policy - log_prior).sum() / own_tokens(output).sum())
         pairs = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
         ids = [row[kept].tolist() for row, kept in pairs]
         start = self.accelerator.process_index * len(rows)
         rewards = self._latest_rewards[start : start + len(rows)]
         return Draw(ids, log_prior, rewards, self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """Generation of one completion for each row, that metrics, tables and counters do not show."""
+        mode = "train" if self.model.training else "eval"
+        metrics, logs = deepcopy(self._metrics[mode]), deepcopy(self._logs)
+        tokens, group_sizes = self.state.num_input_tokens_seen, (self.num_generations, self.num_generations_eval)
+        # Rows are of any prompts and of any number, where TRL's vLLM client samples one prompt for each group
+        self.num_generations = self.num_generations_eval = 1
+        try:
+            yield
+        finally:
+            self.num_generations, self.num_generations_eval = group_sizes
+            self._metrics[mode], self._logs, self.state.num_input_tokens_seen = metrics, logs, tokens
+
+    def _refuse_policy_that_has_moved(self, distance: torch.Tensor) -> None:
+        """By its distance from the prior per token, in nats: what it samples must be samples of the prior."""
+        if distance > _MOVED:
+            raise ValueError(
+                f"The policy is {distance:.2g} nats per token from the prior, so it cannot draw samples of the prior: "
+                f"start from the weights of {get_config_model_id(self.model.config)!r} as they were loaded, with "
+                "adapters that begin at zero."
+            )
 
     # ---------------------------------------------------------------------------------------------------------------
     # From a group of completions to what each of them needs in the loss
@@ -430,11 +486,7 @@ class PosteriorTrainer(GRPOTrainer):
         if self.prior_log_z is not None:
             return self.prior_log_z.lookup(prompt_keys)
         log_z = self.target.log_partition(prompt_keys)
-        if log_z is None:
-            raise ValueError(
-                f"The target {self.target!r} does not know its evidence: set `partition` to 'running', "
-                "'leave_one_out' or 'prior_samples'."
-            )
+        assert log_z is not None  # the constructor refuses a target that does not know it
         return log_z
 
     def _sequence_log_probs(self, output: dict[str, Any]) -> torch.Tensor:
