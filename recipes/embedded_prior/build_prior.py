@@ -102,7 +102,7 @@ class BuildPriorArguments:
     num_layers: int = field(default=3, metadata={"help": "Number of layers."})
     num_heads: int = field(default=6, metadata={"help": "Attention heads a layer."})
 
-    num_train_epochs: float = field(default=0.5, metadata={"help": "Passes over the training lines."})
+    num_train_epochs: float = field(default=1.5, metadata={"help": "Passes over the training lines."})
     max_steps: int = field(default=-1, metadata={"help": "Stop after so many steps instead, if positive."})
     batch_size: int = field(default=128, metadata={"help": "Lines a step."})
     learning_rate: float = field(
@@ -111,7 +111,7 @@ class BuildPriorArguments:
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
 
     num_samples: int = field(default=2000, metadata={"help": "Samples for each prompt in the evaluation."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest sample in tokens."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Longest sample in tokens."})
 
     @property
     def output_path(self) -> Path:

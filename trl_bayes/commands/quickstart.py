@@ -34,7 +34,7 @@ from ..diagnostics.evaluate import (
     evaluate_posterior,
     evaluate_prior,
 )
-from ..diagnostics.report import CurvePoint, Report, RunRecord, choose_lines, format_number, write_report
+from ..diagnostics.report import CurvePoint, Report, RunRecord, choose_lines, write_report
 from ..rewards import parses
 from ..targets import Constraint
 
@@ -423,8 +423,8 @@ _COLUMNS = {
 
 
 def results_table(report: Report) -> Table:
-    """The main numbers of every row, in nats unless they are shares, each with its standard error."""
-    table = Table(title="p: posterior, π: policy, π₀: prior; in nats, ± one standard error")
+    """The main numbers of every row, in nats unless they are shares; their standard errors are in the report."""
+    table = Table(title="p: posterior, π: policy, π₀: prior; distances and entropy in nats")
     table.add_column("")
     for name in _COLUMNS:
         table.add_column(name, justify="right")
@@ -437,4 +437,6 @@ def results_table(report: Report) -> Table:
 def _cell(estimate: Estimate | None, percent: bool) -> str:
     if estimate is None:
         return "–"
-    return format_number(estimate.value, estimate.standard_error, percent) if estimate.trusted else "not reliable"
+    if not estimate.trusted:
+        return "unsure"
+    return f"{estimate.value:.1%}" if percent else f"{estimate.value:.3g}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.fingerprint import Hasher
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -395,6 +397,7 @@ class PosteriorTrainer(GRPOTrainer):
         return self._latest_rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._announce_lm_head()
         if self._needs_prior_samples and not self._has_learnt_from_prior:
             self.learn_from_prior()
         rows = self._row_hashes(inputs)  # before TRL adds fields to `inputs`
@@ -404,6 +407,14 @@ class PosteriorTrainer(GRPOTrainer):
         with torch.no_grad():
             self._add_posterior_terms(output)
         return output
+
+    def _announce_lm_head(self) -> None:
+        """TRL's scorer reads the LM head from outside, which fails in ZeRO-3 if generation has not (ungathered)."""
+        if is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation:
+            import deepspeed
+
+            model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            deepspeed.zero.register_external_parameter(model, model.get_output_embeddings().weight)
 
     def _row_hashes(self, inputs: list[dict[str, Any]]) -> list[int]:
         """Identity of each dataset row, all its columns included: the evidence may depend on any of them."""
