@@ -30,7 +30,7 @@ def posterior_section(target: str, divergence: str, partition: str, log_history:
         f"The target is `{target}`: the posterior p ∝ π₀ exp(φ), where π₀ is the prior and φ the log-evidence that "
         f"the target reads from the rewards. The divergence is `{divergence}`; log Z is estimated by `{partition}`.",
     ]
-    latest = next((log for log in reversed(log_history) if "reward" in log), {})
+    latest: Mapping[str, Any] = next((log for log in reversed(log_history) if "reward" in log), {})
     shown = {label: latest[name] for name, label in _SHOWN.items() if latest.get(name) is not None}
     if shown:
         lines += ["", f"At step {latest['step']}, estimated from the completions of training, in nats:", ""]

@@ -409,11 +409,14 @@ class PosteriorTrainer(GRPOTrainer):
         return output
 
     def _announce_lm_head(self) -> None:
-        """TRL's scorer reads the LM head from outside, which fails in ZeRO-3 if generation has not (ungathered)."""
+        """
+        TRL's scorer reads the LM head's weight from outside its module, and ungathered generation does not: ZeRO-3
+        refuses a model that fetches its weights in another order than the last time, unless it knows of this.
+        """
         if is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation:
             import deepspeed
 
-            model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            model = cast(Any, self.model).get_base_model() if is_peft_model(self.model) else self.model
             deepspeed.zero.register_external_parameter(model, model.get_output_embeddings().weight)
 
     def _row_hashes(self, inputs: list[dict[str, Any]]) -> list[int]:

@@ -1,0 +1,43 @@
+"""
+The posterior at decoding time: the same targets, sampled without training.
+
+A [`Sampler`] applies a method to models: [`BestOfN`], [`Rejection`], [`QuasiRejection`], [`MetropolisHastings`],
+[`SequentialMonteCarlo`], or [`Importance`], which weights samples of the prior.
+"""
+
+from .base import Draws, Method, Sampler
+from .best_of_n import BestOfN, kl_of_best_of_n
+from .importance import Importance
+from .mcmc import MetropolisHastings
+from .quasi_rejection import QuasiRejection, TradeOff, trade_off
+from .rejection import Rejection, largest_log_evidence
+from .smc import HasPartialEvidence, SequentialMonteCarlo
+from .source import Candidates, CompletionSource, SamplingError
+
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (Importance, BestOfN, Rejection, QuasiRejection, MetropolisHastings, SequentialMonteCarlo)
+}
+"""Methods by the name that `trl-bayes sample --method` takes."""
+
+__all__ = [
+    "METHODS",
+    "BestOfN",
+    "Candidates",
+    "CompletionSource",
+    "Draws",
+    "HasPartialEvidence",
+    "Importance",
+    "Method",
+    "MetropolisHastings",
+    "QuasiRejection",
+    "Rejection",
+    "Sampler",
+    "SamplingError",
+    "SequentialMonteCarlo",
+    "TradeOff",
+    "kl_of_best_of_n",
+    "largest_log_evidence",
+    "trade_off",
+]
