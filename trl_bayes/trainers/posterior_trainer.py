@@ -681,11 +681,9 @@ class PosteriorTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------------------------------------------
     # The model card
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card, and in it which posterior the model was trained towards and where it stands."""
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
         file = Path(str(self.args.output_dir)) / "README.md"
