@@ -270,6 +270,7 @@ def _balance_reward(texts: list[str]) -> list[float]:
 def balance_task() -> EnumerableTask:
     """As many "a" as "b", and "c" at the end if possible; 1,093 completions for each of 4 prompts.
 
-    Meant for phi = reward / 0.6.
+    Meant for phi = reward / 0.6. No prompt is a row of equal letters, which the model could not count; see
+    `hard_constraint_task`.
     """
-    return EnumerableTask("abc", 6, ("a", "b", "c", "a c b"), _balance_reward, seed=3)
+    return EnumerableTask("abc", 6, ("b c", "c a", "a c b", "c b a"), _balance_reward, seed=3)

@@ -672,11 +672,15 @@ class PosteriorTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        file = self._posterior_state_file(checkpoint)
-        if not file.exists():
-            warnings.warn(f"{file} is missing: what was learnt about the evidence starts afresh.", stacklevel=2)
+        files = [self._posterior_state_file(checkpoint), Path(checkpoint) / "posterior_state_0.pt"]
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
+            warnings.warn(f"{files[0]} is missing: what was learnt about the evidence starts afresh.", stacklevel=2)
             return
-        self.load_posterior_state(torch.load(file, weights_only=True))
+        state = torch.load(file, weights_only=True)
+        if file != files[0]:  # more processes than before: all that they know is the same, but not what they replay
+            state.pop("replay_buffer", None)
+        self.load_posterior_state(state)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The model card
