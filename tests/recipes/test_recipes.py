@@ -200,7 +200,7 @@ def stand_in(config: dict[str, Any], folder: Path, policy: str, reward_model: st
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": accumulation,
         "num_generations": 8 * accumulation if one_group else 4,
-        "num_prior_samples": 128 if "mu" in str(config.get("target")) else 16,  # moments warn where they are few
+        "num_prior_samples": 512 if "mu" in str(config.get("target")) else 16,  # moments warn where they are few
         "bf16": False,
         "use_cpu": True,
         "disable_tqdm": True,
