@@ -86,7 +86,7 @@ def test_certain_win_and_certain_loss() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.* has no closed form:UserWarning")  # a tiny prior writes some texts more than once
+@pytest.mark.filterwarnings("ignore:.* has no closed form:UserWarning")  # a tiny prior repeats itself
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One update a law: what is written and printed; that training gets there is tested with the trainers."""
     cli.main(["oracle-table", "--max_steps", "1", "--output_dir", str(tmp_path)])
