@@ -181,7 +181,7 @@ def script(trainer: Any) -> None:
 def record(trainer: Any) -> list[dict[str, Any]]:
     """This process's part of every batch that the trainer will generate, replayed completions included."""
     recorded: list[dict[str, Any]] = []
-    generate = trainer._generate_and_score_completions
+    generate, posterior_terms = trainer._generate_and_score_completions, trainer._posterior_terms
 
     def generate_and_record(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         prompts = [row["prompt"] for row in inputs]
@@ -190,7 +190,14 @@ def record(trainer: Any) -> list[dict[str, Any]]:
         recorded.append({**tensors, "prompts": prompts, "is_training": trainer.model.training})
         return batch
 
+    def terms_and_record(output: dict[str, Any], *args: Any) -> dict[str, torch.Tensor]:
+        terms = posterior_terms(output, *args)
+        if "row" in output:  # in the order into which TRL has shuffled the batch
+            recorded[-1].update({name: term[output["row"].argsort()].clone() for name, term in terms.items()})
+        return terms
+
     trainer._generate_and_score_completions = generate_and_record
+    trainer._posterior_terms = terms_and_record
     return recorded
 
 

@@ -207,9 +207,9 @@ class Generated(NamedTuple):
 
 
 def record(trainer: GRPOTrainer) -> list[Generated]:
-    """Every batch that the trainer will generate from now on."""
+    """Every batch that the trainer will generate from now on, with what the loss adds to it."""
     recorded: list[Generated] = []
-    generate = trainer._generate_and_score_completions
+    generate, posterior_terms = trainer._generate_and_score_completions, trainer._posterior_terms
 
     def generate_and_record(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows = copy.deepcopy(inputs)
@@ -217,7 +217,14 @@ def record(trainer: GRPOTrainer) -> list[Generated]:
         recorded.append(Generated(dict(batch), sequence_log_probs(trainer.model, batch, trainer.temperature), rows))
         return batch
 
+    def terms_and_record(output: dict[str, Any], *args: Any) -> dict[str, torch.Tensor]:
+        terms = posterior_terms(output, *args)
+        if "row" in output:  # in the order into which TRL has shuffled the batch
+            recorded[-1].batch.update({name: term[output["row"].argsort()] for name, term in terms.items()})
+        return terms
+
     trainer._generate_and_score_completions = generate_and_record
+    trainer._posterior_terms = terms_and_record
     return recorded
 
 

@@ -91,7 +91,8 @@ def make(folder: str, tmp_path: Path) -> Make:
         if method in ("f_dpg", "tb"):
             settings["divergence"] = divergence
         defaults = {"beta": BETA, "partition": "leave_one_out", "num_generations": GROUP_SIZE}
-        defaults["per_device_train_batch_size"] = len(PROMPTS)
+        # Two micro-batches, so that groups are scored before the loss; `test_scored_by_the_update` has one
+        defaults |= {"per_device_train_batch_size": len(PROMPTS), "gradient_accumulation_steps": 2}
         args = config_class(
             output_dir=str(tmp_path),
             max_completion_length=TASK.max_completion_length,
@@ -346,6 +347,30 @@ def test_on_policy(case: str, make: Make) -> None:
     loss, gradient = gradient_of(trainer, rows_of(batch, MICRO_BATCH))
     assert loss == pytest.approx(sum(expected.values[i] for i in MICRO_BATCH) / len(MICRO_BATCH), rel=1e-3)
     assert_same_gradient(gradient, assemble(trainer, factors, MICRO_BATCH))
+
+
+@every_trainer
+def test_scored_by_the_update(case: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is used whole, at once, is not scored before: the loss does it, whatever the order of the rows."""
+    trainer = make(case, gradient_accumulation_steps=1)
+    expected = by_hand(case, trainer, log_probs(trainer.model))
+    monkeypatch.setattr(trainer, "_score", lambda output: pytest.fail("the policy was scored twice"))
+    batch = generate(trainer)
+    batch = rows_of(batch, [5, 2, 7, 0, 3, 6, 1, 4])
+    factors = scaled(case, expected.coefficients)
+    for _ in range(2):  # a second look at the same batch finds the same
+        loss, gradient = gradient_of(trainer, batch)
+        assert loss == pytest.approx(sum(expected.values) / len(expected.values), rel=1e-3)
+        assert_same_gradient(gradient, assemble(trainer, factors, list(range(8))))
+    assert batch["advantages"].tolist() == pytest.approx([-factors[i] for i in [5, 2, 7, 0, 3, 6, 1, 4]], abs=2e-4)
+    shown = trainer._logs["advantages"]  # in the order in which they were sampled
+    assert list(shown) == pytest.approx([-factor for factor in factors], abs=2e-4)
+
+
+def test_dropout_is_not_in_the_proposal(make: Make) -> None:
+    """With dropout the update's forward pass does not give the probability that a completion was sampled with."""
+    trainer = make("kl_rl:reverse_kl", gradient_accumulation_steps=1, disable_dropout=False)
+    assert "log_proposal" in generate(trainer)
 
 
 @every_trainer
@@ -615,7 +640,7 @@ def test_running_partition(case: str, make: Make) -> None:
 @pytest.mark.parametrize("case", ["dpg:forward_kl", "tb:reverse_kl"])
 def test_replay(case: str, make: Make) -> None:
     """Replayed completions keep the q and the evidence of their own time."""
-    trainer = make(case, replay_buffer_size=8)
+    trainer = make(case, gradient_accumulation_steps=1, replay_buffer_size=8)
     then = log_probs(trainer.model)
     old_evidence = by_hand(case, trainer, then, fit=False).z
     batch = generate(trainer)

@@ -78,6 +78,10 @@ class OffPolicyTrainer(PosteriorTrainer):
         if size > 0 and self._is_vlm:
             raise ValueError("Replay keeps text only: leave `replay_buffer_size` at 0 with a vision-language model.")
 
+    @property
+    def _is_scored_by_update(self) -> bool:
+        return super()._is_scored_by_update and self.replay_buffer is None  # it keeps `log q` of whole batches
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self.replay_buffer is None or not self.model.training:

@@ -404,9 +404,21 @@ class PosteriorTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if rows:
             output["prompt_key"] = self._prompt_keys(rows, output)
+        if self._is_scored_by_update and "old_per_token_logps" not in output:
+            # TRL shuffles the rows before the update, and groups are rows that stand together
+            output["row"] = torch.arange(len(output["completion_ids"]), device=output["completion_ids"].device)
+            return output
         with torch.no_grad():
-            self._add_posterior_terms(output)
-        return output
+            return output | self._posterior_terms(output)
+
+    @property
+    def _is_scored_by_update(self) -> bool:
+        """
+        Whether the forward pass of the update gives `log q` as well, and no other is needed: the batch is used whole,
+        at once, and by the very policy that sampled it.
+        """
+        steps_per_batch = self.num_iterations * (self.args.steps_per_generation or 1)
+        return self.model.training and steps_per_batch == 1 and self.args.disable_dropout
 
     def _announce_lm_head(self) -> None:
         """
@@ -447,12 +459,23 @@ class PosteriorTrainer(GRPOTrainer):
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
 
-    def _add_posterior_terms(self, output: dict[str, Any]) -> None:
-        """Computes what concerns whole groups, from all processes, and adds this process's rows to `output`."""
+    def _posterior_terms(self, output: dict[str, Any], policy: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """
+        What concerns whole groups, from all processes: the loss's terms for this process's rows, each `(B,)`.
+
+        Args:
+            output (`dict`): a generated batch; its `row` says in which order its rows were generated, if not in this.
+            policy (`torch.Tensor`, *optional*): the policy's per-token log-probabilities `(B, T)`, if known already.
+        """
         group_size = self._group_size
-        local = self._sequence_log_probs(output)  # (B, 3)
-        log_policy, log_proposal, log_prior = self.accelerator.gather(local).view(-1, group_size, 3).unbind(dim=2)
-        keys = self.accelerator.gather(output["prompt_key"]) if "prompt_key" in output else None  # (B_global,)
+        local = self._sequence_log_probs(output, policy)  # (B, 3)
+        row = output.get("row", torch.arange(local.size(0), device=local.device))
+        generated = row.argsort()
+        together = self.accelerator.gather(local[generated])  # (B_global, 3)
+        log_policy, log_proposal, log_prior = together.view(-1, group_size, 3).unbind(dim=2)
+        keys = None  # (B_global,)
+        if "prompt_key" in output:
+            keys = self.accelerator.gather(output["prompt_key"][generated])
         phi = self._log_evidence(log_prior.flatten(), keys).view(-1, group_size)  # (P, G)
         valid = ~phi.isnan()
         log_target = log_prior + phi.masked_fill(~valid, 0.0)
@@ -467,8 +490,7 @@ class PosteriorTrainer(GRPOTrainer):
         advantages = -self._capped(self._scaled_coefficient(group)).masked_fill(~usable, 0.0)
         self._log_group(group, log_prior, weights, importance_estimate, valid, usable)
 
-        start = self.accelerator.process_index * local.size(0)
-        mine = slice(start, start + local.size(0))
+        mine = row + self.accelerator.process_index * local.size(0)
         terms = {
             "log_target": log_target,
             "log_proposal": log_proposal,
@@ -477,11 +499,11 @@ class PosteriorTrainer(GRPOTrainer):
             "usable": usable,
             "advantages": advantages,
         }
-        output |= {name: term.reshape(-1)[mine] for name, term in terms.items()}
         shown = cast("deque[float]", self._logs["advantages"])  # TRL's table of completions ends with this batch
         for _ in range(min(advantages.numel(), len(shown))):
             shown.pop()
         shown.extend(advantages.flatten().tolist())
+        return {name: term.reshape(-1)[mine] for name, term in terms.items()}
 
     def _estimate_log_z(self, weights: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         """`log Z` for each completion, `(P, G)`, by the `partition` that the configuration names."""
@@ -503,10 +525,11 @@ class PosteriorTrainer(GRPOTrainer):
         assert log_z is not None  # the constructor refuses a target that does not know it
         return log_z
 
-    def _sequence_log_probs(self, output: dict[str, Any]) -> torch.Tensor:
+    def _sequence_log_probs(self, output: dict[str, Any], policy: torch.Tensor | None = None) -> torch.Tensor:
         """`log pi`, `log q` and `log pi_0` of this process's completions, summed over their own tokens: `(B, 3)`."""
         mask = own_tokens(output)
-        policy = output.get("old_per_token_logps")
+        if policy is None:
+            policy = output.get("old_per_token_logps")
         if policy is None:
             policy = self._score(output)
         proposal = output.get("sampling_per_token_logps")
@@ -558,6 +581,10 @@ class PosteriorTrainer(GRPOTrainer):
             model, **scorer_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
         log_policy = (logps * mask).sum(dim=1)  # (B,)
+        if "row" in inputs:
+            with torch.no_grad():
+                inputs |= self._posterior_terms(inputs, logps.detach())
+            del inputs["row"]  # a second look at the same batch finds the terms in it
         sequences = Sequences(
             log_policy.detach(), inputs["log_target"], inputs["log_proposal"], inputs["log_z"], inputs["baseline"]
         )
