@@ -102,7 +102,8 @@ class BuildPriorArguments:
     num_layers: int = field(default=3, metadata={"help": "Number of layers."})
     num_heads: int = field(default=6, metadata={"help": "Attention heads a layer."})
 
-    num_train_epochs: float = field(default=1.5, metadata={"help": "Passes over the training lines."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the training lines."})
+    cut_share: float = field(default=0.75, metadata={"help": "Share of the lines that are cut at a random token."})
     max_steps: int = field(default=-1, metadata={"help": "Stop after so many steps instead, if positive."})
     batch_size: int = field(default=128, metadata={"help": "Lines a step."})
     learning_rate: float = field(
@@ -232,6 +233,33 @@ def collate(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def cut(sequence: Sequence[int], rng: random.Random) -> list[int]:
+    """End a line early: <eos>, one token or more but not all, <eos>."""
+    return [*sequence[: rng.randrange(2, len(sequence) - 1)], sequence[-1]] if len(sequence) > 3 else list(sequence)
+
+
+def training_order(sequences: list[list[int]], args: BuildPriorArguments) -> list[list[int]]:
+    """
+    What the model reads, batch after batch: all lines in each epoch, some of them cut, anew every time.
+
+    Lines of one batch have similar lengths, since what pads them costs as much as they do.
+    """
+    rng = random.Random(args.seed)
+    size = args.batch_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(sequences) / size)
+    batches: list[list[list[int]]] = []
+    rows: list[list[int]] = []
+    while len(batches) < steps:
+        epoch = [cut(row, rng) if rng.random() < args.cut_share else row for row in sequences]
+        rng.shuffle(epoch)
+        rows += epoch
+        while len(rows) >= size and len(batches) < steps:
+            window, rows = sorted(rows[: 32 * size], key=len), rows[32 * size :]
+            similar = [window[i : i + size] for i in range(0, len(window) - size + 1, size)]
+            batches += rng.sample(similar, len(similar))
+    return [row for batch in batches[:steps] for row in batch]
+
+
 def make_model(args: BuildPriorArguments, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -261,21 +289,21 @@ def train_model(
     set_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = make_model(args, tokenizer)
-    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(train_sequences) / args.batch_size
+    rows = training_order(train_sequences, args)
     pad_id = tokenizer.pad_token_id
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=args.output_dir,
-            num_train_epochs=args.num_train_epochs,
-            max_steps=args.max_steps,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             weight_decay=args.weight_decay,
             adam_beta2=0.95,
             lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(0.05 * steps),
+            warmup_steps=math.ceil(0.05 * len(rows) / args.batch_size),
             eval_strategy="steps",
             eval_steps=0.2,
             logging_steps=0.2,
@@ -285,7 +313,7 @@ def train_model(
             dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
         ),
-        train_dataset=train_sequences,
+        train_dataset=rows,
         eval_dataset=validation_sequences,
         data_collator=lambda sequences: collate(sequences, pad_id),
     )

@@ -145,6 +145,17 @@ def test_a_proposal_a_target_with_arguments_and_flags_that_beat_the_recipe(
     assert rows["log_evidence"] == [reward[1] / 0.5 for reward in rows["rewards"]]
 
 
+def test_a_training_recipe_is_read_as_it_is(recipe: dict[str, Any], models: dict[str, str]) -> None:
+    """Its prior is sampled, which need not be the model that training starts from, and its folder is left alone."""
+    training = recipe | {"model_name_or_path": models["policy"], "prior_model_name_or_path": models["prior"]}
+    training |= {"output_dir": "trained", "learning_rate": 1e-4, "max_steps": 10, "divergence": "forward_kl"}
+    Path("recipe.yaml").write_text(yaml.safe_dump(training))
+    cli.main(["sample", "--config", "recipe.yaml", "--output_dir", "out"])
+    expected = sample(recipe | {"output_dir": "alone"})
+    assert load_dataset("out")["train"]["completion"] == load_dataset("alone")["train"]["completion"]
+    assert expected["settings"]["prior"] == models["prior"] and not Path("trained").exists()
+
+
 def sft(data: Any, model: str, **settings: Any) -> SFTTrainer:
     args = SFTConfig(
         output_dir="sft",
@@ -269,7 +280,6 @@ def test_every_option_of_a_method_is_an_argument() -> None:
         ({"temperature": 0}, "`temperature` must be positive"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"device": "tpu9"}, "`device=tpu9` cannot be used"),
-        ({"accelerate_config": "cpu_ddp"}, "is for training in several processes"),
         (
             {"target": {"name": "constraint", "threshold": 9}, "max_attempts": 2},
             "The method 'rejection' found no sample in 40 completions",
@@ -284,10 +294,11 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], message: str, refuse
 def test_proposals_that_cannot_be_used(refused: Callable[..., str], models: dict[str, str]) -> None:
     assert "draws from the prior" in refused({"proposal_model_name_or_path": models["policy"]})
     message = refused({"proposal_model_name_or_path": models["other"], "method": "mcmc"})
-    assert message.startswith("The proposal's tokenizer has another vocabulary than the prior's")
+    assert message.startswith("The tokenizer of the proposal has another vocabulary than the prior's")
 
 
 def test_an_output_folder_that_is_a_file(refused: Callable[..., str]) -> None:
     Path("file").write_text("")
     assert "`output_dir=file` cannot be written to" in refused({"output_dir": "file"})
     assert "is not JSON" in refused({}, "--target", "{name")
+    assert "is for training in several processes" in refused({}, "--accelerate_config", "cpu_ddp")

@@ -15,6 +15,7 @@ from trl_bayes.diagnostics.calibrated_benchmark import (
     formula,
     laws,
     ranked_task,
+    sampled_win_rates,
     win_rates,
 )
 
@@ -70,6 +71,23 @@ def test_win_rates_against_sampling() -> None:
         sampled = ((a > b).double() + (a == b).double() / 2).mean().item()
         assert getattr(exact, column) == pytest.approx(sampled, abs=0.004)
     assert exact.kl_prior == pytest.approx((policy.exp() * (policy - prior)).sum().item())
+
+
+def test_win_rates_of_samples() -> None:
+    """40,000 samples for each of two prompts, with ties: a standard error of 0.002, and 4 of them; not of one size."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.tensor([[3.0, 1.0, 2.0, 2.0, 5.0], [0.0, 7.0, 7.0, -1.0, 2.0]])
+    policy, prior = torch.randn(2, 2, 5, generator=generator).log_softmax(2)
+    exact = [win_rates(*each) for each in zip(policy, prior, rewards, strict=True)]
+    ours, theirs = (
+        rewards.gather(1, p.exp().multinomial(count, replacement=True, generator=generator))
+        for p, count in ((policy, 40_000), (prior, 50_000))
+    )
+    found = sampled_win_rates(ours, theirs)
+    assert math.isnan(found.kl_prior)
+    for column in ("plain", "best_of_n", "worst_of_n"):
+        expected = sum(getattr(rates, column) for rates in exact) / 2
+        assert getattr(found, column) == pytest.approx(expected, abs=0.008)
 
 
 def test_the_prior_wins_half_of_the_time() -> None:

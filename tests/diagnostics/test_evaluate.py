@@ -36,7 +36,13 @@ from trl_bayes.diagnostics.evaluate import (
 )
 from trl_bayes.diagnostics.exact import PolicyFit, compare, exact_posterior, mean_fit
 from trl_bayes.diagnostics.samples import Samples
-from trl_bayes.diagnostics.tiny import balance_task
+from trl_bayes.diagnostics.tiny import (
+    EnumerableTask,
+    balance_task,
+    bigram_task,
+    hard_constraint_task,
+    letter_count_task,
+)
 from trl_bayes.targets import Constraint, Moments, Target, Tempered, Tilt
 
 
@@ -53,6 +59,11 @@ class World(NamedTuple):
     rewards: Tensor
     target: Target
     max_log_evidence: float | None
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether averages over the posterior are by importance sampling."""
+        return self.max_log_evidence is None and not self.target.hard
 
     def fit(self, log_policy: Tensor) -> tuple[PolicyFit, float]:
         """The truth, and log Z."""
@@ -76,9 +87,11 @@ def world(hard: bool) -> World:
     return World(log_prior, log_policy, rewards, Tilt(beta=0.5), 2.0)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["soft", "hard"])
+@pytest.fixture(scope="module", params=["soft", "hard", "unbounded"])
 def enumerated(request: pytest.FixtureRequest) -> World:
-    return world(request.param)
+    """With "unbounded" evidence, averages over the posterior are by importance sampling."""
+    made = world(hard=request.param == "hard")
+    return made._replace(max_log_evidence=None) if request.param == "unbounded" else made
 
 
 def draw(log_probs: Tensor, num_per_prompt: int, generator: torch.Generator) -> Samples:
@@ -119,7 +132,7 @@ def measured(w: World, seed: int, num_per_prompt: int = 400) -> Evaluation:
     posterior = reference(w, num_per_prompt, seed)
     generator = torch.Generator().manual_seed(10_000 + seed)
     of_policy = scored(w, w.log_policy, num_per_prompt, generator)
-    at_posterior = look_up(w.log_policy, posterior.exact.samples)
+    at_posterior = look_up(w.log_policy, posterior.points.samples)
     return measure(posterior, of_policy, at_posterior, diversity=False)
 
 
@@ -144,8 +157,9 @@ def test_every_estimate_is_within_three_standard_errors(enumerated: World) -> No
         return [evaluation.metrics[name] for evaluation in evaluations]
 
     assert_covered(estimates("log_z"), log_z)
-    assert_covered(estimates("forward_kl"), truth.forward_kl, conservative=True)
-    assert_covered(estimates("total_variation"), truth.total_variation, conservative=True)
+    by_rejection = not enumerated.is_weighted  # then the errors of log Z and of the mean are added
+    assert_covered(estimates("forward_kl"), truth.forward_kl, conservative=by_rejection)
+    assert_covered(estimates("total_variation"), truth.total_variation, conservative=by_rejection)
     assert_covered(estimates("kl_prior"), truth.kl_prior)
     assert_covered(estimates("entropy"), truth.entropy)
     policy = enumerated.log_policy.exp()
@@ -169,7 +183,10 @@ def test_the_posteriors_own_row_and_the_priors(enumerated: World) -> None:
     log_posterior = (enumerated.log_prior + phi).log_softmax(dim=1)
     truth, log_z = enumerated.fit(log_posterior)
     for name in ("kl_prior", "entropy"):
-        assert_covered([metrics[name] for metrics in own], getattr(truth, name), conservative=True)
+        assert_covered([m[name] for m in own], getattr(truth, name), conservative=not enumerated.is_weighted)
+    if enumerated.is_weighted:
+        reward = (log_posterior.exp() * enumerated.rewards).sum().item() / NUM_PROMPTS
+        assert_covered([metrics["reward"] for metrics in own], reward)
     assert all(metrics["forward_kl"] == Estimate(0.0, 0.0, note="by definition") for metrics in own)
     prior = [evaluate_prior(posterior, diversity=False).metrics for posterior in posteriors]
     truth, _ = enumerated.fit(enumerated.log_prior)
@@ -178,7 +195,9 @@ def test_the_posteriors_own_row_and_the_priors(enumerated: World) -> None:
             assert metrics["forward_kl"].value == pytest.approx(-metrics["log_z"].value)
             assert metrics["forward_kl"].standard_error == pytest.approx(metrics["log_z"].standard_error)
     else:
-        assert_covered([metrics["forward_kl"] for metrics in prior], truth.forward_kl, conservative=True)
+        for name in ("forward_kl", "total_variation"):  # where evidence decides, log Z and the mean depend most
+            exact, by_rejection = getattr(truth, name), not enumerated.is_weighted
+            assert_covered([metrics[name] for metrics in prior], exact, conservative=by_rejection)
     assert all("reverse_kl" not in metrics and metrics["kl_prior"].value == 0 for metrics in prior)
     assert log_z == pytest.approx(sum(metrics["log_z"].value for metrics in prior) / len(prior), abs=0.02)
 
@@ -202,6 +221,63 @@ def test_rejection_samples_have_the_posteriors_distribution(enumerated: World) -
         statistic += ((observed - expected)[possible] ** 2 / expected[possible]).sum().item()
         degrees += int(possible.sum()) - 1
     assert torch.special.gammaincc(torch.tensor(degrees / 2), torch.tensor(statistic / 2)).item() > 1e-4
+
+
+# --- the same on the enumerable tasks, where prior and policy are models -------------------------------------------
+
+
+class Task(NamedTuple):
+    """An enumerable task; what a policy's samples are drawn from is its exact distribution."""
+
+    task: EnumerableTask
+    target: Target
+    max_log_evidence: float | None  # of rejection; importance sampling where it is not known
+    num_per_prompt: int = 1000
+
+
+TASKS = {
+    # Weights up to 300 times the mean: over 1,000 seeds, 98.9 % are covered with 1,000 samples, and 99.6 % with 10,000
+    "letters": Task(letter_count_task(), Tilt(beta=0.7), None, 6000),
+    "bigrams": Task(bigram_task(), Tilt(beta=0.5), None),
+    "balance": Task(balance_task(), Tilt(beta=0.6), 0.5 / 0.6),
+    "hard": Task(hard_constraint_task(), Constraint(), None),
+}
+
+
+@pytest.fixture(scope="module", params=[pytest.param("letters", marks=pytest.mark.slow), *list(TASKS)[1:]])
+def task_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The policy is half way, in logits, between the posterior and another model; with a constraint it keeps to it.
+
+    So it differs from the posterior in every completion.
+    """
+    task, target, bound, _ = TASKS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    prior = task.build_model(folder / "prior")
+    other = replace(task, seed=task.seed + 1).build_model(folder / "other")
+    tokenizer = AutoTokenizer.from_pretrained(prior)
+    log_prior, log_other = (
+        task.log_probs(AutoModelForCausalLM.from_pretrained(name), tokenizer) for name in (prior, other)
+    )
+    rewards = task.rewards(tokenizer).expand_as(log_prior)
+    phi = target.log_evidence(rewards[0].unsqueeze(1))
+    log_policy = ((log_prior + phi) * 0.7 + log_other * 0.3).log_softmax(dim=1)
+    return World(log_prior, log_policy, rewards, target, bound)
+
+
+def test_the_enumerable_tasks_are_covered_in_99_of_100_seeds(task_world: World) -> None:
+    """log Z and both KLs, 1,000 samples of prior and of policy for each prompt, 6,000 where weights are very unequal.
+
+    A correct estimate with a normal error is outside in 0.27 % of runs, so that with other seeds one of these tests
+    would fail, by two or more in 100, with probability 3 % for each quantity. The seeds are fixed.
+    """
+    number = next(task.num_per_prompt for task in TASKS.values() if task.target is task_world.target)
+    evaluations = [measured(task_world, seed, num_per_prompt=number) for seed in SEEDS]
+    truth, log_z = task_world.fit(task_world.log_policy)
+    for name, value in (("log_z", log_z), ("forward_kl", truth.forward_kl), ("reverse_kl", truth.reverse_kl)):
+        estimates = [evaluation.metrics[name] for evaluation in evaluations]
+        assert all(estimate.trusted for estimate in estimates), (name, estimates[0])
+        covered = sum(abs(estimate.value - value) <= 3 * estimate.standard_error for estimate in estimates)
+        assert covered >= 99, (name, covered, value, estimates[:3])
 
 
 # --- what cannot be trusted is flagged -----------------------------------------------------------------------------
@@ -270,7 +346,7 @@ def test_samples_without_a_reward_are_left_out(enumerated: World) -> None:
     prior = replace(posterior.prior, scored=replace(posterior.prior.scored, rewards=rewards))
     some = condition(prior, enumerated.target, max_log_evidence=enumerated.max_log_evidence)
     assert len(some.phi) == 225 and "75 samples of the prior have no reward" in some.note
-    evaluation = measure(some, replace(prior.scored, rewards=rewards), some.exact.log_prior, diversity=False)
+    evaluation = measure(some, replace(prior.scored, rewards=rewards), some.points.log_prior, diversity=False)
     assert all(not math.isnan(estimate.value) for estimate in evaluation.metrics.values())
     assert "75 samples have no reward" in evaluation.note
     with pytest.raises(ValueError, match="No sample of the prior has a reward"):

@@ -223,7 +223,8 @@ def test_reports_that_cannot_be_read(tmp_path: Path) -> None:
         ((0.5, 0.0), "0.5"),
         ((math.inf, math.nan), "∞"),
         ((math.nan,), "–"),
-        ((0.1, 1e-30), "0.100000 ± 0.000000"),
+        ((0.1, 1e-30), "0.1"),
+        ((1.0, 2e-6, True), "100.0000 ± 0.0002 %"),
     ],
 )
 def test_format(arguments: tuple[float, ...], text: str) -> None:
@@ -272,12 +273,61 @@ def test_merged_reports(tmp_path: Path) -> None:
     ]
     assert merged.settings == {"torch (x)": "9.9", "torch (y)": "9.9"}
     assert "run b (y)" in written(merged, tmp_path).text
-    assert merge_reports({"x": one}) is one
-    two.problem = {"prior": "another"}
-    with pytest.raises(ValueError, match="y cannot be compared with x: its problem is"):
-        merge_reports({"x": one, "y": two})
+    assert merge_reports({"x": one}) == one
     with pytest.raises(ValueError, match="no reports to merge"):
         merge_reports({})
+
+
+def test_reports_about_several_problems_are_parts_of_a_page(tmp_path: Path) -> None:
+    one, two, three = report(run("a", 0.3)), report(run("b", 0.5)), report(run("c", 0.7))
+    two.problem, two.title = {"prior": "another"}, "Another problem"
+    merged = merge_reports({"x": one, "y": two, "z": three})
+    assert [row.label for row in merged.runs] == ["run a (x)", "run c (z)"]
+    assert [[row.label for row in part.runs] for part in merged.parts] == [["run b"]]
+    page = written(merged, tmp_path)
+    assert "Another problem" in page.text and "another" in page.text
+    numbers = [
+        format_number(e.value, e.standard_error)
+        for part in (merged, two)
+        for e in part.runs[0].evaluation.metrics.values()
+    ]  # type: ignore[union-attr]
+    assert numbers[0] not in numbers[12:] and numbers[1] in page.text and numbers[-2] in page.text
+    assert sum(attributes.get("class") == "reference" for _, attributes in page.tags) == 4  # two tables each
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
+    assert len(list((tmp_path / "figures").iterdir())) == 4
+    again = read_report(tmp_path)
+    assert again == merged
+    with_more = merge_reports({"page": again, "more": two})
+    assert [row.label for row in with_more.parts[0].runs] == ["run b (page, part 2)", "run b (more)"]
+
+
+def training_log(folder: Path, entries: list[dict[str, float]]) -> str:
+    folder.mkdir()
+    state = {"global_step": 20, "log_history": entries}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return str(folder)
+
+
+def test_the_log_of_a_training_is_a_run(tmp_path: Path) -> None:
+    entries = [
+        {"step": 10, "reward": 0.25, "posterior/kl_prior": 0.125, "posterior/forward_kl": 0.5, "loss": 1.0},
+        {"step": 20, "reward": 0.75, "posterior/kl_prior": 0.375},
+        {"step": 20, "train_runtime": 8.0, "train_samples_per_second": 40.0},
+    ]
+    folder = training_log(tmp_path / "dpg", entries)
+    (alone,) = read_report(folder).runs
+    assert [(point.step, point.samples) for point in alone.curve] == [(10, 160), (20, 320)]
+    assert alone.seconds == 8 and alone.metric("reward") == Estimate(0.75, note=alone.evaluation.note)  # type: ignore[union-attr]
+    known = report(run("a", 0.3))
+    merged = merge_reports({"x": read_report(folder), "y": known})
+    assert merged.problem == known.problem and merged.hard and merged.reward_label == known.reward_label
+    assert [row.label for row in merged.runs] == ["run a (y)", "dpg (x)"]
+    page = written(merged, tmp_path / "page")
+    assert "as logged in training" in page.text and "0.375" in page.text
+    written(merge_reports({"x": read_report(folder), "z": read_report(folder)}), tmp_path / "logs")
+    nothing = training_log(tmp_path / "sft", [{"step": 10, "loss": 1.0}])
+    with pytest.raises(ValueError, match="is not a report written by"):
+        read_report(nothing)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ RUNS = (
     Run("pure_rl", "Pure RL", "kl-rl", "the largest reward"),
     Run("kl_rl", "KL-RL", "kl-rl", "prior tilted by exp(reward / beta)"),
     Run("dpg", "DPG", "dpg", "prior given that the line parses"),
-    Run("f_dpg", "f-DPG, Jensen-Shannon", "f-dpg", "prior given that the line parses"),
+    Run("f_dpg", "f-DPG (JS)", "f-dpg", "prior given that the line parses, Jensen-Shannon"),
 )
 
 
@@ -125,7 +125,7 @@ class QuickstartArguments:
     @property
     def overrides(self) -> dict[str, int]:
         """Settings of the training commands that differ from the recipes."""
-        return {"seed": self.seed, **({"max_steps": 24, "save_steps": 12} if self.quick else {})}
+        return {"seed": self.seed, **({"max_steps": 8, "save_steps": 4} if self.quick else {})}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

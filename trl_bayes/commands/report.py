@@ -7,7 +7,7 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> None:
     """
-    Reads `report.json` of each run, puts the runs on one page and prints where it is.
+    Reads what was measured of each run, puts the runs on one page and prints where it is.
 
     Args:
         argv (`list[str]`, *optional*): defaults to the command line.
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-bayes report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with a report.json, such as runs/quickstart")
+    found = "folder of a training, a quickstart, an evaluation or a report"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=found)
     parser.add_argument("--output_dir", default="runs/report", help="where report.html, report.json and figures/ go")
     parser.add_argument("--title", help="title of the page; by default the first run's")
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")

@@ -3,34 +3,30 @@
 import json
 import math
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ..assets import embedded_path
-from ..rewards import build_rewards
 from ..samplers import METHODS, Draws, Method, Sampler, SamplingError
 from ..samplers.base import at_least
 from ..targets import build_target
 from .parser import RecipeParser
-from .training import (
-    Arguments,
-    TrainingScriptArguments,
-    _check_model,
-    _from_json,
-    _split,
-    load_data,
-    read_command_line,
+from .problem import (
+    PosteriorArguments,
+    Problem,
+    load_model,
+    load_problem,
+    model_config,
+    prepare_folder,
+    progress,
+    read_arguments,
 )
 
 
@@ -43,41 +39,22 @@ def _option(method: str, text: str) -> Any:
 
 
 @dataclass
-class SampleArguments(TrainingScriptArguments):
+class SampleArguments(PosteriorArguments):
     r"""
     Arguments of `trl-bayes sample`.
 
-    This class includes only the parameters that are not in [`~trl_bayes.commands.training.TrainingScriptArguments`];
-    the options of a method are the fields of its class in [`trl_bayes.samplers`].
+    This class includes only the parameters that are not in [`~trl_bayes.commands.problem.PosteriorArguments`]; the
+    options of a method are the fields of its class in [`trl_bayes.samplers`].
 
     Parameters:
         method (`str`, *optional*, defaults to `"rejection"`):
             One of `prior`, `best_of_n`, `rejection`, `quasi_rejection`, `mcmc`, `smc`.
         proposal_model_name_or_path (`str`, *optional*):
-            Policy that proposes completions, with the vocabulary of the prior, which is `model_name_or_path`. Defaults
-            to the prior.
-        target (`str` or `dict[str, Any]`, *optional*):
-            As in training. Defaults to `tilt` with `beta`.
-        beta (`float`, *optional*, defaults to `0.1`):
-            Temperature of the posterior.
-        reward_weights (`list[float]`, *optional*):
-            One for each reward function. Defaults to ones.
+            Policy that proposes completions, with the vocabulary of the prior. Defaults to the prior.
         num_samples (`int`, *optional*, defaults to `16`):
             Samples of each prompt.
-        max_prompts (`int`, *optional*):
-            Takes only so many prompts, from the beginning.
-        max_completion_length (`int`, *optional*, defaults to `256`):
-            Completions are cut after so many tokens.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature of prior and proposal.
-        batch_size (`int`, *optional*, defaults to `256`):
-            Completions generated at once.
         num_prior_samples (`int`, *optional*, defaults to `100`):
             Samples of each prompt for a target that learns from the prior.
-        seed (`int`, *optional*, defaults to `0`):
-            The same seed and batch size give the same samples.
-        device (`str`, *optional*):
-            Such as `cuda:0` or `cpu`. Defaults to a GPU if there is one.
         output_dir (`str`, *optional*, defaults to `"runs/sample"`):
             Where `train.parquet` and `diagnostics.json` are written.
         tokens (`bool`, *optional*, defaults to `False`):
@@ -88,36 +65,13 @@ class SampleArguments(TrainingScriptArguments):
     proposal_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Policy that proposes completions, with the vocabulary of the prior, which is model_name_or_path. "
-            "Defaults to the prior."
+            "help": "Policy that proposes completions, with the vocabulary of the prior. Defaults to the prior."
         },
-    )
-    target: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "The posterior to sample: a name (constraint, tilt, ...), in YAML a mapping with `name` and the "
-            "target's arguments, or the dotted path of a Target class. Defaults to 'tilt'."
-        },
-    )
-    beta: float = field(default=0.1, metadata={"help": "Temperature of the posterior, in units of reward per nat."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One for each reward function. Defaults to ones."}
     )
     num_samples: int = field(default=16, metadata={"help": "Samples of each prompt."})
-    max_prompts: int | None = field(
-        default=None, metadata={"help": "Take only so many prompts, from the beginning of the data."}
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "Completions are cut after so many tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of prior and proposal."})
-    batch_size: int = field(default=256, metadata={"help": "Completions generated at once."})
     num_prior_samples: int = field(
         default=100, metadata={"help": "Samples of each prompt for a target that learns from the prior."}
     )
-    seed: int = field(default=0, metadata={"help": "The same seed and batch size give the same samples."})
-    device: str | None = field(
-        default=None, metadata={"help": "Such as cuda:0 or cpu. Defaults to a GPU if there is one."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
     output_dir: str = field(default="runs/sample", metadata={"help": f"Where {DATA} and {DIAGNOSTICS} are written."})
     tokens: bool = field(
         default=False,
@@ -126,7 +80,6 @@ class SampleArguments(TrainingScriptArguments):
             "EOS; for models with the same tokenizer."
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the samples in an output_dir that has some."})
 
     num_candidates: int | None = _option("best_of_n", "N (4).")
     max_log_evidence: float | None = _option(
@@ -151,10 +104,7 @@ class SampleArguments(TrainingScriptArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target = _from_json(self.target) if isinstance(self.target, str) else self.target
         at_least("num_samples", self.num_samples)
-        if self.max_prompts is not None:
-            at_least("max_prompts", self.max_prompts)
 
     def make_method(self) -> Method:
         """
@@ -188,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
     )
     try:
-        args, model = read_arguments(parser, sys.argv[1:] if argv is None else argv)
-        job = prepare(args, model)
+        arguments = read_arguments(parser, sys.argv[1:] if argv is None else argv, SampleArguments)
+        job = prepare(*arguments)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error) or type(error).__name__)
     try:
@@ -208,141 +158,53 @@ class Job(NamedTuple):
     """All that is needed to sample."""
 
     args: SampleArguments
+    problem: Problem
     sampler: Sampler
-    rows: list[dict[str, Any]]
     folder: Path
     settings: dict[str, Any]
 
 
-def read_arguments(parser: RecipeParser, argv: Sequence[str]) -> tuple[SampleArguments, Arguments]:
-    """
-    The arguments as objects.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    launcher_flags, own_args = read_command_line(parser, list(argv))
-    if launcher_flags:
-        raise ValueError(f"`{launcher_flags[0]}` is for training in several processes: leave it out, sampling is one.")
-    try:
-        args, model, mixture, *_ = parser.parse_args_into_dataclasses(own_args)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.doc!r} is not JSON: {error.msg} at character {error.pos + 1}.") from None
-    except TypeError as error:  # an unknown entry of one of `datasets`
-        raise ValueError(f"A value is not as its field wants it: {error}.") from None
-    return args, Arguments(args, cast(Any, None), model, mixture)
-
-
-def prepare(args: SampleArguments, arguments: Arguments) -> Job:
+def prepare(args: SampleArguments, model: ModelConfig, mixture: DatasetMixtureConfig) -> Job:
     """
     Checks all there is to check, models last.
 
     Raises:
         ValueError: one sentence.
     """
-    folder = prepare_folder(args)
-    if arguments.model.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: name the prior, by id or folder.")
-    prior_name = embedded_path(arguments.model.model_name_or_path)
-    method, target, rewards = args.make_method(), build_target(args.target, args.beta), _reward_functions(args)
-    method.check(target, args.proposal_model_name_or_path is not None)
-    _check_model("model_name_or_path", prior_name, args.trust_remote_code, arguments.model.model_revision)
+    folder, method = prepare_folder(args), args.make_method()
+    method.check(build_target(args.target, args.beta), args.proposal_model_name_or_path is not None)
     proposal_name = None
     if args.proposal_model_name_or_path is not None:
         proposal_name = embedded_path(args.proposal_model_name_or_path)
-        _check_model("proposal_model_name_or_path", proposal_name, args.trust_remote_code)
-    rows = _rows(args, arguments)
-    prior, tokenizer = _load(prior_name, args, arguments.model, arguments.model.model_revision)
-    proposal = None if proposal_name is None else _load_model(proposal_name, args, arguments.model, "main")
+        model_config("proposal_model_name_or_path", proposal_name, args.trust_remote_code)
+    problem = load_problem(args, model, mixture)
     sampler = Sampler(
-        prior,
-        tokenizer,
-        rewards,
-        target,
+        problem.prior,
+        problem.tokenizer,
+        problem.rewards,
+        problem.target,
         method,
-        proposal=proposal,
+        proposal=None if proposal_name is None else load_model(proposal_name, args, model),
         max_new_tokens=args.max_completion_length,
         temperature=args.temperature,
         batch_size=args.batch_size,
         seed=args.seed,
-        reward_weights=None if args.reward_weights is None else torch.tensor(args.reward_weights),
+        reward_weights=problem.reward_weights,
         num_prior_samples=args.num_prior_samples,
-        progress=sys.stderr.isatty(),
+        progress=progress(),
     )
     settings = {
-        "prior": arguments.model.model_name_or_path,
+        "prior": args.prior_model_name_or_path or model.model_name_or_path,
         "proposal": args.proposal_model_name_or_path,
-        "rewards": [getattr(function, "__name__", repr(function)) for function in rewards],
-        "target": repr(target),
+        "rewards": problem.reward_names,
+        "target": repr(problem.target),
         "method": {name: value for name, value in asdict(cast(Any, method)).items() if value is not None},
         "num_samples": args.num_samples,
         "max_completion_length": args.max_completion_length,
         "temperature": args.temperature,
         "seed": args.seed,
     }
-    return Job(args, sampler, rows, folder, settings)
-
-
-def prepare_folder(args: SampleArguments) -> Path:
-    """
-    Makes sure that samples can be written, and are not written over others.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        in_use = any(folder.iterdir())
-    except OSError as error:
-        raise ValueError(f"`output_dir={folder}` cannot be written to: {error.strerror or error}.") from None
-    if in_use and not args.overwrite:
-        raise ValueError(f"`output_dir={folder}` is not empty: name another folder, or set `--overwrite`.")
-    return folder
-
-
-def _reward_functions(args: SampleArguments) -> list[Any]:
-    rewards = [name for name in [args.reward_model_name_or_path] if name] + build_rewards(args.reward_funcs)
-    for reward in rewards:
-        if isinstance(reward, str):
-            raise ValueError(
-                f"`reward_funcs` names the reward model {reward!r}, which only a trainer loads: give a function, for "
-                "instance {name: classified_as, ...}."
-            )
-    return rewards
-
-
-def _rows(args: SampleArguments, arguments: Arguments) -> list[dict[str, Any]]:
-    if args.dataset_streaming and args.max_prompts is None:
-        raise ValueError("A data set that is streamed may have no end: set `max_prompts`.")
-    rows = list(islice(_split(load_data(arguments), args.dataset_train_split, args), args.max_prompts))
-    if not rows:
-        raise ValueError(f"The data's split {args.dataset_train_split!r} has no rows.")
-    return rows
-
-
-def _load(
-    name: str, args: SampleArguments, model: ModelConfig, revision: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    return _load_model(name, args, model, revision), tokenizer
-
-
-def _load_model(name: str, args: SampleArguments, model: ModelConfig, revision: str) -> PreTrainedModel:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=model.dtype,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    )
-    try:
-        return cast(Any, loaded).to(device).eval()
-    except RuntimeError as error:
-        raise ValueError(f"`device={device}` cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from None
+    return Job(args, problem, sampler, folder, settings)
 
 
 def run(job: Job) -> Draws:
@@ -352,11 +214,9 @@ def run(job: Job) -> Draws:
     Raises:
         SamplingError: there is not a single sample, or the method cannot be correct; one sentence.
     """
-    names = [name for name in job.rows[0] if name not in ("prompt", "completion", "completions", "completion_ids")]
-    columns = {name: [row[name] for row in job.rows] for name in names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts have fewer than")  # said by the table
-        draws = job.sampler.sample([row["prompt"] for row in job.rows], job.args.num_samples, columns=columns)
+        draws = job.sampler.sample(job.problem.prompts, job.args.num_samples, columns=job.problem.columns)
     if not len(draws):
         raise SamplingError(
             f"The method {job.args.method!r} found no sample in {draws.diagnostics['num_generated']:,} completions: "

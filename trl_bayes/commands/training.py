@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -106,7 +106,7 @@ class TrainingScriptArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         specs = cast("list[Any]", self.reward_funcs or [])
-        self.reward_funcs = [_from_json(spec) if isinstance(spec, str) else spec for spec in specs]
+        self.reward_funcs = [from_json(spec) if isinstance(spec, str) else spec for spec in specs]
 
 
 class Arguments(NamedTuple):
@@ -162,9 +162,16 @@ def make_parser(name: str, trainer_class: type[PosteriorTrainer], description: s
     )
 
 
-def read_command_line(parser: RecipeParser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def read_command_line(
+    parser: RecipeParser, argv: Sequence[str], adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> tuple[list[str], list[str]]:
     """
     Reads the recipe, if there is one, into the parser, and refuses all that is unknown, there and on the command line.
+
+    Args:
+        parser ([`RecipeParser`]): of the command.
+        argv (`Sequence[str]`): what stands behind it.
+        adapt (`Callable`, *optional*): makes a recipe for this command from one that may be for another.
 
     Returns:
         `tuple[list[str], list[str]]`: options of the launcher, from both, and the training command's own arguments.
@@ -181,6 +188,7 @@ def read_command_line(parser: RecipeParser, argv: Sequence[str]) -> tuple[list[s
     if namespace.config is None:
         return launcher_flags, own_args
     recipe = read_recipe(namespace.config)
+    recipe = recipe if adapt is None else adapt(recipe)
     others = parser.unknown_keys(recipe)
     for key in others:
         known_keys = {*parser.fields, *launcher_actions(), ACCELERATE_CONFIG, "env"}
@@ -206,7 +214,8 @@ def make_arguments(parser: RecipeParser, own_args: Sequence[str]) -> Arguments:
     return Arguments(script, training, model, mixture)
 
 
-def _from_json(text: str) -> Any:
+def from_json(text: str) -> Any:
+    """A mapping that stands on the command line as JSON; any other text as it is."""
     return json.loads(text) if text.startswith("{") else text
 
 
@@ -304,11 +313,11 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
     policy = embedded_path(model.model_name_or_path)
     if training.prior_model_name_or_path is not None:
         training.prior_model_name_or_path = embedded_path(training.prior_model_name_or_path)
-        _check_model("prior_model_name_or_path", training.prior_model_name_or_path, training.trust_remote_code)
-    _check_model("model_name_or_path", policy, training.trust_remote_code, model.model_revision)
+        check_model("prior_model_name_or_path", training.prior_model_name_or_path, training.trust_remote_code)
+    check_model("model_name_or_path", policy, training.trust_remote_code, model.model_revision)
     for name in rewards:
         if isinstance(name, str):
-            _check_model("reward_funcs", name, training.trust_remote_code)
+            check_model("reward_funcs", name, training.trust_remote_code)
     _check_trackers(training)
     dataset = load_data(arguments)
     training.model_init_kwargs = {
@@ -321,19 +330,21 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
         model=policy,
         reward_funcs=rewards,
         args=training,
-        train_dataset=_split(dataset, script.dataset_train_split, script),
-        eval_dataset=None if training.eval_strategy == "no" else _split(dataset, script.dataset_test_split, script),
+        train_dataset=select_split(dataset, script.dataset_train_split, script),
+        eval_dataset=None
+        if training.eval_strategy == "no"
+        else select_split(dataset, script.dataset_test_split, script),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
 
 
-def _check_model(field_name: str, name: str, trust_remote_code: bool, revision: str = "main") -> None:
+def check_model(field_name: str, name: str, trust_remote_code: bool, revision: str = "main") -> None:
     """Refuses a model that is not there; reads its configuration only."""
     try:
         AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`{field_name}`: the model {name!r} cannot be loaded ({_first_sentence(error)}).") from None
+        raise ValueError(f"`{field_name}`: the model {name!r} cannot be loaded ({first_sentence(error)}).") from None
 
 
 def _check_trackers(args: PosteriorConfig) -> None:
@@ -360,7 +371,7 @@ def load_data(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
     try:
         return get_dataset(mixture) if mixture.datasets else _load_named(script)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"The data set {name!r} cannot be loaded ({_first_sentence(error)}).") from None
+        raise ValueError(f"The data set {name!r} cannot be loaded ({first_sentence(error)}).") from None
 
 
 def _load_named(script: TrainingScriptArguments) -> Any:
@@ -374,8 +385,13 @@ def _load_named(script: TrainingScriptArguments) -> Any:
     return load_dataset(file_format, data_files=name, **settings)
 
 
-def _split(dataset: Any, split: str, script: TrainingScriptArguments) -> Any:
-    """One split, checked to have prompts."""
+def select_split(dataset: Any, split: str, script: TrainingScriptArguments) -> Any:
+    """
+    One split of the data, checked to have prompts.
+
+    Raises:
+        ValueError: there is no such split, or no column `prompt`, or no row in it; one sentence.
+    """
     if split not in dataset:
         raise ValueError(f"The data has no split {split!r}{nearest(split, dataset)}: it has {list(dataset)}.")
     rows = with_prompts(dataset[split], script.prompt_template, script.prompt_words, script.prompt_as_message)
@@ -389,7 +405,8 @@ def _split(dataset: Any, split: str, script: TrainingScriptArguments) -> Any:
     return rows
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
+    """The first line of an error's message, to be put in brackets."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(" .:")
 

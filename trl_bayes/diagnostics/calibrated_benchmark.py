@@ -66,6 +66,29 @@ def win_rates(log_probs: torch.Tensor, log_prior: torch.Tensor, rewards: torch.T
     )
 
 
+def sampled_win_rates(rewards: torch.Tensor, prior_rewards: torch.Tensor, n: int = N) -> WinRates:
+    """
+    Win rates from samples where completions cannot be enumerated, averaged over prompts.
+
+    They are those of the two empirical distributions: exact in the limit, and without bias for `plain`.
+
+    Args:
+        rewards (`torch.Tensor`): of samples of the policy, shape `(P, N)`.
+        prior_rewards (`torch.Tensor`): of samples of the prior for the same prompts, shape `(P, M)`.
+        n (`int`, *optional*, defaults to `4`): how many samples the best and the worst are taken of.
+
+    Returns:
+        [`WinRates`]: with `NaN` as the distance from the prior, which rewards do not tell.
+    """
+    rates = []
+    for ours, theirs in zip(rewards, prior_rewards, strict=True):
+        log_share, none = -torch.full_like(ours, len(ours)).log(), torch.full_like(theirs, -math.inf)
+        log_prior_share, prior_none = -torch.full_like(theirs, len(theirs)).log(), torch.full_like(ours, -math.inf)
+        of_both = torch.cat([log_share, none]), torch.cat([prior_none, log_prior_share])
+        rates.append(win_rates(*of_both, torch.cat([ours, theirs]), n)._replace(kl_prior=math.nan))
+    return _mean(rates)
+
+
 def _wins(mass: torch.Tensor) -> float:
     """`P(a > b) + P(a = b)/2` of two distributions `(2, R)` on the same ranks."""
     ours, theirs = mass

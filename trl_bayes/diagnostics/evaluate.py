@@ -5,22 +5,24 @@ over the prompts, `mean_p a_p`, with the standard error `sqrt(sum_p se_p^2) / P`
 with `prompt_index` (N,) saying whose they are. `pi_0` is the prior, `phi` the log-evidence, `p = pi_0 exp(phi) / Z`
 the posterior and `pi` the policy.
 
-The prior is sampled once ([`draw_prior`]). Samples of the prior become exact samples of the posterior by rejection
-([`condition`]), which serve for every policy ([`evaluate`]). The functions between are pure, and checked against exact
-enumeration in `tests/diagnostics/test_evaluate.py`.
+The prior is sampled once ([`draw_prior`]). Where the evidence is bounded, samples of the prior become exact samples of
+the posterior by rejection; otherwise they are weighted, `w = exp(phi) / Z` ([`condition`]). Both serve for every
+policy ([`evaluate`]). The functions between are pure, and checked against exact enumeration in
+`tests/diagnostics/test_evaluate.py`.
 
 What cannot be trusted is marked so (`Estimate.trusted`), with the reason in `note`:
 
  - `log Z` needs an effective sample size of at least 30 for each prompt; and if the largest possible evidence is
    known, the weights must add up to at least 3 times the largest possible one. Otherwise an outcome too rare to have
    been seen (probability below 3/N, at 95 %) could double Z.
- - A mean needs at least 30 samples in all and 2 for each prompt; one over the posterior's support 30 for each prompt.
+ - A mean needs at least 30 samples in all and 2 for each prompt; one over the posterior 30 for each prompt, by
+   importance sampling 30 effective ones, as log Z.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy
 import torch
@@ -29,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..targets import Constraint, Context, PriorScores, Target
 from .diversity import distinct_n, jackknife_standard_error, self_bleu, share_distinct
+from .pass_at_k import pass_at_k
 from .samples import Prompt, RewardFunction, Samples, log_probs, sample, score
 
 
@@ -254,6 +257,67 @@ def total_variation(
     return _average(means.mean, variance, enough and z.trusted, _joint(note, z.note))
 
 
+def _weighted_means(
+    values: Tensor, phi: Tensor, prompt_index: Tensor, z: LogPartition, log_z_derivative: float | Tensor = 0.0
+) -> _Means:
+    """Each prompt's `E_p[g]` by importance sampling from the prior: `sum w g / sum w` with `w = exp(phi)`.
+
+    What is estimated may depend on log Z, which the same samples give; the errors are taken together. With w scaled to
+    the mean 1, a sample's influence is `w (g - E_p[g]) + c (w - 1)`, c the derivative with respect to log Z, and the
+    variance is that of the mean influence (delta method).
+
+    Args:
+        values: g (N,) at samples of the prior; not read where the weight is zero, left out where NaN.
+        phi: log-evidence (N,) of these samples.
+        prompt_index: (N,) int64.
+        z: log Z of each prompt, from these samples.
+        log_z_derivative: c, one for all prompts or (P,).
+    """
+    num_prompts = len(z.log_z)
+    weights = (phi - z.log_z[prompt_index]).exp()  # (N,)
+    weights = torch.where(values.isnan() | weights.isnan(), 0.0, weights)
+    values = torch.where(weights > 0, values, 0.0).double()
+    number = torch.bincount(prompt_index, minlength=num_prompts).double()  # (P,)
+    weights = weights / (torch.bincount(prompt_index, weights, num_prompts) / number)[prompt_index]
+    mean = torch.bincount(prompt_index, weights * values, num_prompts) / number
+    derivative = torch.as_tensor(log_z_derivative, dtype=torch.float64).expand(num_prompts)
+    influence = weights * (values - mean[prompt_index]) + derivative[prompt_index] * (weights - 1)
+    return _Means(mean, torch.bincount(prompt_index, influence**2, num_prompts) / (number * (number - 1)), number)
+
+
+def _weighted_average(means: _Means, z: LogPartition, minus_log_z: bool = False) -> Estimate:
+    fewest = z.effective_samples.min().item()
+    how = f"by importance sampling; the prompt with the fewest has {fewest:,.0f} effective samples of the posterior"
+    values = means.mean - z.log_z if minus_log_z else means.mean
+    return _average(values, means.variance, z.trusted, how if z.trusted else z.note)
+
+
+def weighted_forward_kl(
+    log_prior: Tensor, log_policy: Tensor, phi: Tensor, prompt_index: Tensor, z: LogPartition
+) -> Estimate:
+    """[`forward_kl`] by importance sampling: `sum w (log pi_0 + phi - log pi) / sum w - log Z`.
+
+    Args:
+        log_prior, log_policy, phi: (N,) at samples of the prior; `log pi` is not read where phi is -inf.
+        prompt_index: (N,) int64.
+        z: log Z of each prompt, from these samples.
+    """
+    if (log_policy.isneginf() & ~phi.isneginf()).any():
+        return Estimate(math.inf, note="the policy never produces some sample of the posterior")
+    means = _weighted_means(log_prior + phi - log_policy, phi, prompt_index, z, log_z_derivative=-1.0)
+    return _weighted_average(means, z, minus_log_z=True)
+
+
+def weighted_total_variation(
+    log_prior: Tensor, log_policy: Tensor, phi: Tensor, prompt_index: Tensor, z: LogPartition
+) -> Estimate:
+    """[`total_variation`] by importance sampling; arguments as [`weighted_forward_kl`]."""
+    log_ratio = log_policy - log_prior - phi + z.log_z[prompt_index]
+    ratio = log_ratio.clamp(max=0.0).exp()  # min(pi/p, 1)
+    derivative = -_weighted_means(torch.where(log_ratio < 0, ratio, 0.0), phi, prompt_index, z).mean
+    return _weighted_average(_weighted_means(1 - ratio, phi, prompt_index, z, derivative), z)
+
+
 def reverse_kl(log_policy: Tensor, log_prior: Tensor, phi: Tensor, prompt_index: Tensor, z: LogPartition) -> Estimate:
     """`KL(pi||p) = E_pi[log pi - log pi_0 - phi] + log Z` from samples of the policy.
 
@@ -307,6 +371,37 @@ def mass_outside(phi: Tensor, prompt_index: Tensor, num_prompts: int) -> Estimat
     smoothed = (means.mean * means.number + 2) / (means.number + 4)
     note = "" if outside.any() else f"none of {len(phi):,} samples"
     return _average(means.mean, smoothed * (1 - smoothed) / means.number, note=note)
+
+
+def pass_at_k_estimates(
+    rewards: Tensor, names: Sequence[str], prompt_index: Tensor, num_prompts: int, ks: Sequence[int]
+) -> dict[str, Estimate]:
+    """pass@k, averaged over prompts, of each reward that is 0 or 1 wherever it is known.
+
+    The names are `pass_at_<k>`, and `pass_at_<k>/<reward>` where there are several rewards; see
+    [`~trl_bayes.diagnostics.pass_at_k.pass_at_k`].
+
+    Args:
+        rewards: (N, K).
+        names: of the K rewards.
+        prompt_index: (N,) int64.
+        num_prompts: P.
+        ks: what to compute.
+    """
+    estimates = {}
+    for k in ks:
+        for column, name in enumerate(names):
+            known = ~rewards[:, column].isnan()
+            values, index = rewards[known, column], prompt_index[known]
+            if not ((values == 0) | (values == 1)).all() or not len(values):
+                continue
+            number = torch.bincount(index, minlength=num_prompts)
+            correct = torch.bincount(index, weights=values.double(), minlength=num_prompts)
+            enough = bool((number >= k).all())
+            note = "" if enough else f"fewer than {k} samples of some prompt"
+            key = f"pass_at_{k}" + (f"/{name}" if len(names) > 1 else "")
+            estimates[key] = _average(*pass_at_k(correct, number, k), enough, note)
+    return estimates
 
 
 def diversity_estimates(samples: Samples, max_order: int = 3) -> dict[str, Estimate]:
@@ -369,6 +464,9 @@ class PriorReference:
         return len(self.scored.samples.prompts)
 
 
+PosteriorMethod = Literal["rejection", "importance"]
+
+
 @dataclass(frozen=True)
 class Posterior:
     """
@@ -379,11 +477,15 @@ class Posterior:
         target ([`~trl_bayes.targets.Target`]): what they are conditioned on.
         phi (`torch.Tensor`): (N,) their log-evidence.
         partition ([`LogPartition`]): log Z of each prompt.
-        exact ([`Scored`]): M exact samples of the posterior, by rejection.
+        exact ([`Scored`]): M exact samples of the posterior, by rejection. They are approximate where `method` is
+            `"importance"`: rejection with the largest evidence that was seen.
         exact_phi (`torch.Tensor`): (M,) their log-evidence.
+        method (`str`): how averages over the posterior are taken: `"rejection"`, over `exact`, or `"importance"`, over
+            the weighted samples of the prior.
         prompt_keys (`torch.Tensor`): (P,) by which the target knows the prompts.
         diversity_per_prompt (`torch.Tensor`): (P,) how many samples of each prompt every model's diversity is measured
             from, since it depends on the number.
+        pass_at (`tuple[int, ...]`): k of each pass@k to measure.
         note (`str`): what to know about them.
     """
 
@@ -393,9 +495,29 @@ class Posterior:
     partition: LogPartition
     exact: Scored
     exact_phi: Tensor
+    method: "PosteriorMethod"
     prompt_keys: Tensor
     diversity_per_prompt: Tensor
+    pass_at: tuple[int, ...] = ()
     note: str = ""
+
+    @property
+    def points(self) -> Scored:
+        """The samples at which a policy must be scored: the exact ones, or those of the prior that have a weight."""
+        if self.method == "rejection":
+            return self.exact
+        return self.prior.scored.select(torch.nonzero(~self.phi.isneginf()).squeeze(1))
+
+    def log_evidence(self, scored: Scored) -> Tensor:
+        """phi (N,) float64 of other completions of the same prompts."""
+        return _log_evidence(self.target, scored, self.prompt_keys)
+
+    def weighted(self, at_points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, LogPartition]:
+        """What the weighted estimates take, from `log pi` at the points (M,): prior, policy, phi, index, log Z."""
+        log_policy = torch.full_like(self.phi, -torch.inf)
+        log_policy[~self.phi.isneginf()] = at_points
+        scored = self.prior.scored
+        return scored.log_prior, log_policy, self.phi, scored.samples.prompt_index, self.partition
 
 
 @dataclass
@@ -407,9 +529,10 @@ class Evaluation:
         name (`str`): of the policy.
         metrics (`dict[str, Estimate]`): `reward` (and `reward/<name>` where there are several), `kl_prior`,
             `forward_kl`, `reverse_kl`, `total_variation`, `entropy`, `log_z`; with a hard target `reverse_kl_inside`
-            and `mass_outside`; and the diversity.
+            and `mass_outside`; `pass_at_<k>` (and `pass_at_<k>/<name>`) for rewards of 0 and 1; and the diversity.
         num_samples (`int`): of the policy.
-        num_posterior_samples, num_prior_samples (`int`): of the reference.
+        num_posterior_samples, num_prior_samples (`int`): of the reference; those of the posterior are the prior's with
+            any weight where averages are weighted.
         num_diversity_samples (`int`): of the policy, from which the diversity was measured.
         note (`str`): what to know about all of them.
     """
@@ -475,30 +598,36 @@ def condition(
     max_log_evidence: float | None = None,
     reward_weights: Tensor | None = None,
     prompt_keys: Tensor | None = None,
+    method: PosteriorMethod | None = None,
     max_per_prompt: int | None = None,
     diversity_per_prompt: int | None = None,
+    pass_at: Sequence[int] = (),
     seed: int = 0,
 ) -> Posterior:
     """
-    The prior's samples conditioned on the target's evidence: log Z, and exact samples of the posterior.
+    The prior's samples conditioned on the target's evidence: log Z, and exact samples of the posterior or weights.
 
     Args:
         prior ([`PriorReference`]): from [`draw_prior`].
         target ([`~trl_bayes.targets.Target`]): gives `phi`. One that learns from the prior and has not yet done so is
             fitted to these samples; the standard errors do not include the error of that fit, and the note says so.
         max_log_evidence (`float`, *optional*): the largest `phi` that any completion could have, for instance the
-            largest reward over beta. It is 0 for a [`~trl_bayes.targets.Constraint`]. Without it, the largest that was
-            seen is taken, and noted: the samples are exact only if no completion has more.
+            largest reward over beta. It is 0 for a [`~trl_bayes.targets.Constraint`].
         reward_weights (`torch.Tensor`, *optional*): the trainer's, (K,).
         prompt_keys (`torch.Tensor`, *optional*): (P,) int64, by which a fitted target knows the prompts. Defaults to
             0, 1, ..., for a target that is fitted here or does not look at the prompt.
-        max_per_prompt (`int`, *optional*): keeps at most so many samples of the posterior for a prompt.
+        method (`str`, *optional*): `"rejection"` takes averages over the posterior from exact samples, `"importance"`
+            from weighted samples of the prior. Defaults to rejection where `max_log_evidence` is known.
+        max_per_prompt (`int`, *optional*): keeps at most so many exact samples for a prompt.
         diversity_per_prompt (`int`, *optional*): measures the diversity of every model from at most so many samples of
-            each prompt: no more than a policy has in [`evaluate`]. Defaults to as many as the posterior has.
+            each prompt: no more than a policy has in [`evaluate`]. Defaults to as many as the posterior has. Where the
+            posterior has fewer than 30 for some prompt, its own row is marked and does not limit the others.
+        pass_at (`list[int]`, *optional*): k of each pass@k to measure.
         seed (`int`, *optional*, defaults to `0`): of the rejection.
 
     Raises:
-        ValueError: no sample was scored, the target reads a reward that is not there, or the bound does not hold.
+        ValueError: no sample was scored, the target reads a reward that is not there, the bound does not hold, or
+            rejection is asked for without one.
     """
     target.bind(prior.reward_names, reward_weights)
     keys = torch.arange(prior.num_prompts) if prompt_keys is None else prompt_keys
@@ -517,19 +646,42 @@ def condition(
         raise ValueError("No sample of the prior has a reward: check the reward functions.")
     if max_log_evidence is None and isinstance(target, Constraint):
         max_log_evidence = 0.0
+    if method is None:
+        method = "importance" if max_log_evidence is None else "rejection"
+    if method == "rejection" and max_log_evidence is None:
+        raise ValueError(
+            f"Exact samples of {target!r} by rejection need evidence with a known upper bound: set "
+            "`max_log_evidence`, or use importance sampling."
+        )
     index = prior.scored.samples.prompt_index
     partition = log_partition_per_prompt(phi, index, prior.num_prompts, max_log_evidence)
     if max_log_evidence is None:
         max_log_evidence = phi.max().item()
-        notes.append("the largest evidence is not known, the largest seen was taken")
+        notes.append(
+            "the largest evidence is not known: the posterior's diversity is of rejection with the largest seen"
+        )
     accepted = rejection(phi, max_log_evidence, seed) if max_log_evidence > -math.inf else torch.arange(0)
     if max_per_prompt is not None:
         accepted = accepted[_first_of_each_prompt(index[accepted], torch.full((prior.num_prompts,), max_per_prompt))]
     exact = prior.scored.select(accepted)
     per_prompt = torch.bincount(exact.samples.prompt_index, minlength=prior.num_prompts)  # (P,)
     if diversity_per_prompt is not None:
+        few = per_prompt.min() < min(MIN_EFFECTIVE_SAMPLES, diversity_per_prompt)
+        per_prompt = per_prompt.new_full((prior.num_prompts,), diversity_per_prompt) if few else per_prompt
         per_prompt = per_prompt.clamp(max=diversity_per_prompt)
-    return Posterior(prior, target, phi, partition, exact, phi[accepted], keys, per_prompt, _joint(*notes))
+    return Posterior(
+        prior,
+        target,
+        phi,
+        partition,
+        exact,
+        phi[accepted],
+        method,
+        keys,
+        per_prompt,
+        tuple(pass_at),
+        _joint(*notes),
+    )
 
 
 def _log_evidence(target: Target, scored: Scored, prompt_keys: Tensor) -> Tensor:
@@ -607,7 +759,7 @@ def evaluate(
         log_prior=log_probs(prior, drawn, **scoring),
         rewards=score(reward_funcs, drawn, **posterior.prior.columns),
     )
-    at_posterior = log_probs(policy, posterior.exact.samples, **scoring)
+    at_posterior = log_probs(policy, posterior.points.samples, **scoring)
     return measure(posterior, scored, at_posterior, name=name, diversity=diversity), scored
 
 
@@ -625,24 +777,22 @@ def measure(
     Args:
         posterior ([`Posterior`]): from [`condition`].
         scored ([`Scored`]): samples of the policy.
-        log_policy_at_posterior (`torch.Tensor`): (M,) log pi at the posterior's exact samples.
+        log_policy_at_posterior (`torch.Tensor`): (M,) log pi at the posterior's `points`.
         name, diversity: as in [`evaluate`].
     """
     z, num_prompts = posterior.partition, posterior.prior.num_prompts
-    phi = _log_evidence(posterior.target, scored, posterior.prompt_keys)  # (N,)
+    phi = posterior.log_evidence(scored)  # (N,)
     known = ~phi.isnan()
     index = scored.samples.prompt_index
     at_policy = (scored.log_policy[known], scored.log_prior[known], phi[known], index[known])
-    exact = posterior.exact
-    at_posterior = (exact.log_prior + posterior.exact_phi, log_policy_at_posterior, exact.samples.prompt_index)
     metrics = {
         **_rewards(posterior.prior.reward_names, scored.rewards, index, num_prompts),
         "kl_prior": stratified_mean(scored.log_policy - scored.log_prior, index, num_prompts),
-        "forward_kl": forward_kl(*at_posterior, z),
+        **_distances_over_posterior(posterior, log_policy_at_posterior),
         "reverse_kl": reverse_kl(*at_policy, z),
-        "total_variation": total_variation(*at_posterior, z),
         "entropy": stratified_mean(-scored.log_policy, index, num_prompts),
         "log_z": _average_log_z(z),
+        **pass_at_k_estimates(scored.rewards, posterior.prior.reward_names, index, num_prompts, posterior.pass_at),
     }
     if posterior.target.hard:
         if math.isfinite(metrics["reverse_kl"].value):
@@ -661,16 +811,30 @@ def measure(
     )
 
 
+def _distances_over_posterior(posterior: Posterior, at_points: Tensor) -> dict[str, Estimate]:
+    """The distances that are averages over the posterior, from log pi at its points (M,)."""
+    if posterior.method == "importance":
+        weighted = posterior.weighted(at_points)
+        return {
+            "forward_kl": weighted_forward_kl(*weighted),
+            "total_variation": weighted_total_variation(*weighted),
+        }
+    exact, z = posterior.exact, posterior.partition
+    arguments = (exact.log_prior + posterior.exact_phi, at_points, exact.samples.prompt_index, z)
+    return {"forward_kl": forward_kl(*arguments), "total_variation": total_variation(*arguments)}
+
+
 def _evaluation(
     name: str, metrics: dict[str, Estimate], posterior: Posterior, samples: Samples, diversity: bool, note: str = ""
 ) -> Evaluation:
     """With the diversity of as many samples of each prompt as for every other model."""
     diverse = samples.select(_first_of_each_prompt(samples.prompt_index, posterior.diversity_per_prompt))
+    varied = diversity_estimates(diverse) if diversity else {}
     return Evaluation(
         name,
-        {**metrics, **(diversity_estimates(diverse) if diversity else {})},
+        {**metrics, **varied},
         num_samples=len(samples),
-        num_posterior_samples=len(posterior.exact.samples),
+        num_posterior_samples=len(posterior.points.samples),
         num_prior_samples=len(posterior.phi),
         num_diversity_samples=len(diverse) if diversity else 0,
         note=_joint(posterior.note, note),
@@ -682,7 +846,7 @@ def evaluate_prior(posterior: Posterior, *, name: str = "prior", diversity: bool
 
     Its samples gave log Z too, so only what does not need both to be independent is reported: not `reverse_kl`.
     """
-    evaluation = measure(posterior, posterior.prior.scored, posterior.exact.log_prior, name=name, diversity=diversity)
+    evaluation = measure(posterior, posterior.prior.scored, posterior.points.log_prior, name=name, diversity=diversity)
     for metric in ("reverse_kl", "reverse_kl_inside"):
         evaluation.metrics.pop(metric, None)
     return evaluation
@@ -695,31 +859,66 @@ def evaluate_posterior(posterior: Posterior, *, name: str = "posterior", diversi
 
     Standard errors as in [`forward_kl`]; the distances to itself are zero by definition.
     """
-    z, num_prompts, exact = posterior.partition, posterior.prior.num_prompts, posterior.exact
-    index = exact.samples.prompt_index
     itself = Estimate(0.0, 0.0, note="by definition")
-    information = _minus_log_z(_means(exact.log_prior + posterior.exact_phi, index, num_prompts), z)
     metrics = {
-        **_rewards(posterior.prior.reward_names, exact.rewards, index, num_prompts),
-        "kl_prior": _minus_log_z(_means(posterior.exact_phi, index, num_prompts), z),
+        **(_weighted_row(posterior) if posterior.method == "importance" else _exact_row(posterior)),
         "forward_kl": itself,
         "reverse_kl": itself,
         "total_variation": itself,
-        "entropy": information._replace(value=-information.value),
-        "log_z": _average_log_z(z),
+        "log_z": _average_log_z(posterior.partition),
     }
     if posterior.target.hard:
         metrics.update(reverse_kl_inside=itself, mass_outside=itself)
-    return _evaluation(name, metrics, posterior, exact.samples, diversity)
+    evaluation = _evaluation(name, metrics, posterior, posterior.exact.samples, diversity)
+    if evaluation.num_diversity_samples < posterior.diversity_per_prompt.sum():
+        few = "the posterior has too few samples to compare its diversity"
+        for key in evaluation.metrics.keys() - metrics.keys():
+            evaluation.metrics[key] = evaluation.metrics[key]._replace(trusted=False, note=few)
+    return evaluation
+
+
+def _exact_row(posterior: Posterior) -> dict[str, Estimate]:
+    """The posterior's rewards, divergence from the prior, entropy and pass@k, from its exact samples."""
+    z, num_prompts, exact = posterior.partition, posterior.prior.num_prompts, posterior.exact
+    names, index = posterior.prior.reward_names, exact.samples.prompt_index
+    information = _minus_log_z(_means(exact.log_prior + posterior.exact_phi, index, num_prompts), z)
+    return {
+        **_rewards(names, exact.rewards, index, num_prompts),
+        "kl_prior": _minus_log_z(_means(posterior.exact_phi, index, num_prompts), z),
+        "entropy": information._replace(value=-information.value),
+        **pass_at_k_estimates(exact.rewards, names, index, num_prompts, posterior.pass_at),
+    }
+
+
+def _weighted_row(posterior: Posterior) -> dict[str, Estimate]:
+    """The same by importance sampling, but for pass@k, which has no unbiased estimate from weighted samples."""
+    prior, phi, z = posterior.prior.scored, posterior.phi, posterior.partition
+    index = prior.samples.prompt_index
+    columns = _reward_columns(posterior.prior.reward_names, prior.rewards)
+
+    def minus_log_z(values: Tensor) -> Estimate:
+        return _weighted_average(_weighted_means(values, phi, index, z, -1.0), z, minus_log_z=True)
+
+    information = minus_log_z(prior.log_prior + phi)
+    return {
+        **{name: _weighted_average(_weighted_means(column, phi, index, z), z) for name, column in columns.items()},
+        "kl_prior": minus_log_z(phi),
+        "entropy": information._replace(value=-information.value),
+    }
 
 
 def _rewards(names: Sequence[str], rewards: Tensor, prompt_index: Tensor, num_prompts: int) -> dict[str, Estimate]:
     """The mean of the sum of the rewards, and of each if there are several; without those that are missing."""
+    return {
+        name: stratified_mean(column[~column.isnan()], prompt_index[~column.isnan()], num_prompts)
+        for name, column in _reward_columns(names, rewards).items()
+    }
+
+
+def _reward_columns(names: Sequence[str], rewards: Tensor) -> dict[str, Tensor]:
+    """The sum of the rewards (N,), and each if there are several; NaN where missing."""
     unscored = rewards.isnan().all(dim=1)
     columns = {"reward": rewards.nansum(dim=1).masked_fill(unscored, torch.nan)}
     if len(names) > 1:
         columns.update({f"reward/{name}": rewards[:, k] for k, name in enumerate(names)})
-    return {
-        name: stratified_mean(column[~column.isnan()], prompt_index[~column.isnan()], num_prompts)
-        for name, column in columns.items()
-    }
+    return columns

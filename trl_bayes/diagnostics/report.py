@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Number = Estimate | float | None
 
+EVALUATION = "evaluation.json"
+TRAINER_STATE = "trainer_state.json"  # what Hugging Face's trainers write
+
 
 @dataclass(frozen=True)
 class SampleLine:
@@ -91,6 +94,7 @@ class Report:
         reward_is_share (`bool`, *optional*, defaults to `False`): whether it is a share, shown in per cent.
         valid_label, invalid_label (`str`, *optional*): what a sample with, or without, the evidence is called.
         settings (`dict`, *optional*): seeds, versions, seconds: what all runs share.
+        parts (`list[Report]`, *optional*): reports about other problems, which follow on the same page.
     """
 
     title: str
@@ -105,6 +109,7 @@ class Report:
     valid_label: str = "valid"
     invalid_label: str = "not valid"
     settings: dict[str, Any] = field(default_factory=dict)
+    parts: list["Report"] = field(default_factory=list)
 
     @property
     def rows(self) -> list[RunRecord]:
@@ -114,6 +119,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON: see [`~trl_bayes.diagnostics.evaluate.Estimate.to_dict`]."""
         record = {**vars(self), "runs": [_run_to_dict(run) for run in self.runs]}
+        record["parts"] = [part.to_dict() for part in self.parts]
         for name in ("posterior", "prior"):
             record[name] = None if record[name] is None else _run_to_dict(record[name])
         return _strict(record)
@@ -124,7 +130,9 @@ class Report:
         references = {
             name: None if record.get(name) is None else _run_from_dict(record[name]) for name in ("posterior", "prior")
         }
-        return cls(**{**record, **references, "runs": [_run_from_dict(run) for run in record.get("runs", [])]})
+        runs = [_run_from_dict(run) for run in record.get("runs", [])]
+        parts = [cls.from_dict(part) for part in record.get("parts", [])]
+        return cls(**{**record, **references, "runs": runs, "parts": parts})
 
 
 def _estimate(value: Number) -> Estimate:
@@ -228,14 +236,17 @@ def format_number(value: float, standard_error: float = math.nan, percent: bool 
         return "∞" if value > 0 else "−∞"
     factor, unit = (100, " %") if percent else (1, "")
     value, standard_error = value * factor, standard_error * factor
-    if not math.isfinite(standard_error) or standard_error <= 0:
+    most = 4 if percent else 6  # digits after the point; an error below them is not worth showing
+    if not math.isfinite(standard_error) or standard_error < 0.5 * 10**-most:
         return f"{value:.3g}{unit}".replace("-", "−")
-    digits = min(6, max(0, 1 - math.floor(math.log10(standard_error))))
+    digits = min(most, max(0, 1 - math.floor(math.log10(standard_error))))
     return f"{value:.{digits}f} ± {standard_error:.{digits}f}{unit}".replace("-", "−")
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
+    """A metric of an evaluation, what it is called and what it means."""
+
     metric: str
     heading: str
     meaning: str
@@ -243,51 +254,55 @@ class _Column:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
+    """An estimate as text; what cannot be trusted is not printed as a number."""
+
     text: str
     footnote: int | None = None
     trusted: bool = True
 
 
 @dataclass(frozen=True)
-class _Table:
+class MetricTable:
     """Rows of a label and cells, with footnotes that say what is special about a number."""
 
-    columns: list[_Column]
-    rows: list[tuple[RunRecord, list[_Cell]]]
+    columns: list[Column]
+    rows: list[tuple[RunRecord, list[Cell]]]
     footnotes: list[str]
 
 
-def _table(columns: Sequence[_Column], rows: Sequence[RunRecord]) -> _Table:
+def tabulate(columns: Sequence[Column], rows: Sequence[RunRecord]) -> MetricTable:
+    """The columns that some row has an estimate for."""
     shown = [column for column in columns if any(row.metric(column.metric) is not None for row in rows)]
     footnotes: list[str] = []
 
-    def cell(estimate: Estimate | None, percent: bool) -> _Cell:
+    def cell(estimate: Estimate | None, percent: bool) -> Cell:
         if estimate is None:
-            return _Cell("–")
+            return Cell("–")
         if estimate.note == "by definition":
-            return _Cell(format_number(estimate.value, percent=percent))
+            return Cell(format_number(estimate.value, percent=percent))
         if estimate.note and estimate.note not in footnotes:
             footnotes.append(estimate.note)
         footnote = footnotes.index(estimate.note) + 1 if estimate.note else None
         if not estimate.trusted:
-            return _Cell("not reliable", footnote, trusted=False)
-        return _Cell(format_number(estimate.value, estimate.standard_error, percent), footnote)
+            return Cell("not reliable", footnote, trusted=False)
+        return Cell(format_number(estimate.value, estimate.standard_error, percent), footnote)
 
     cells = [(row, [cell(row.metric(column.metric), column.percent) for column in shown]) for row in rows]
-    return _Table(shown, cells, footnotes)
+    return MetricTable(shown, cells, footnotes)
 
 
-def _distance_columns(report: Report) -> list[_Column]:
+def distance_columns(report: Report) -> list[Column]:
+    """Rewards, distances and entropy; with a hard target, KL(π‖p) inside its support in place of an infinity."""
     inside = [
-        _Column(
+        Column(
             "reverse_kl_inside",
             "KL(π‖p) inside",
             "The same the other way round, for the part of π that p allows: does the policy prefer some completions "
             "over others more than p does? Zero if it does not. Over all of π it would be infinite, because p forbids "
             "some completions that π still produces.",
         ),
-        _Column(
+        Column(
             "mass_outside",
             "forbidden",
             "The share of the policy's completions that the posterior never produces. Zero is the goal.",
@@ -295,7 +310,7 @@ def _distance_columns(report: Report) -> list[_Column]:
         ),
     ]
     reverse = [
-        _Column(
+        Column(
             "reverse_kl",
             "KL(π‖p)",
             "The same the other way round: does the policy produce what the posterior does not? Zero if π is p. This "
@@ -303,27 +318,28 @@ def _distance_columns(report: Report) -> list[_Column]:
         )
     ]
     return [
-        _Column("reward", report.reward_label, "The reward, averaged over completions.", report.reward_is_share),
-        _Column(
+        Column("reward", report.reward_label, "The reward, averaged over completions.", report.reward_is_share),
+        *_reward_columns(report),
+        Column(
             "kl_prior",
             "KL(π‖π₀)",
             "How far the policy has moved from the prior. The posterior moves as far as the evidence requires; "
             "farther is a loss of what the prior knew.",
         ),
-        _Column(
+        Column(
             "forward_kl",
             "KL(p‖π)",
             "Does the policy still produce everything that the posterior produces? Zero if π is p; large if it has "
             "dropped some of it, as a collapsed policy has.",
         ),
         *(inside if report.hard else reverse),
-        _Column(
+        Column(
             "total_variation",
             "TV(π, p)",
             "The largest difference in probability that π and p give to any event: 0 if they are the same, 1 if they "
             "have nothing in common.",
         ),
-        _Column(
+        Column(
             "entropy",
             "entropy",
             "How unpredictable a completion is. A policy that always says the same has entropy 0.",
@@ -331,16 +347,32 @@ def _distance_columns(report: Report) -> list[_Column]:
     ]
 
 
-_DIVERSITY_COLUMNS = [
-    _Column("distinct_1", "distinct-1", "Different tokens, as a share of all tokens."),
-    _Column("distinct_2", "distinct-2", "Different pairs of neighbouring tokens, as a share of all pairs."),
-    _Column("distinct_3", "distinct-3", "Different triples of neighbouring tokens, as a share of all triples."),
-    _Column(
+def _reward_columns(report: Report) -> list[Column]:
+    """Each reward where there are several, and pass@k."""
+    names = list(dict.fromkeys(name for row in report.rows if row.evaluation for name in row.evaluation.metrics))
+    columns = []
+    for name in names:
+        kind, _, reward = name.partition("/")
+        if kind == "reward" and reward:
+            columns.append(Column(name, reward, f"The reward {reward}, averaged over completions."))
+        if kind.startswith("pass_at_"):
+            k = kind.removeprefix("pass_at_")
+            of = f" by {reward}" if reward else ""
+            meaning = f"The probability that of {k} completions at least one is right{of}."
+            columns.append(Column(name, f"pass@{k}{of}", meaning, percent=True))
+    return columns
+
+
+DIVERSITY_COLUMNS = [
+    Column("distinct_1", "distinct-1", "Different tokens, as a share of all tokens."),
+    Column("distinct_2", "distinct-2", "Different pairs of neighbouring tokens, as a share of all pairs."),
+    Column("distinct_3", "distinct-3", "Different triples of neighbouring tokens, as a share of all triples."),
+    Column(
         "self_bleu",
         "self-BLEU",
         "How much of a completion is found in the others: 1 if all are the same. The only one where low is varied.",
     ),
-    _Column("share_distinct", "distinct lines", "Different completions, as a share of all completions.", percent=True),
+    Column("share_distinct", "distinct lines", "Different completions, as a share of all completions.", percent=True),
 ]
 
 
@@ -390,8 +422,8 @@ def _panels(report: Report, posterior: dict[str, Estimate]) -> list[Panel]:
     ]
 
 
-def render(report: Report, figures: Mapping[str, bytes]) -> str:
-    """The page as text; figures are PNG files by name."""
+def render(report: Report, figures: Sequence[Mapping[str, bytes]]) -> str:
+    """The page as text; figures are PNG files by name, for the report and each of its parts."""
     environment = Environment(
         loader=PackageLoader("trl_bayes.diagnostics"),
         autoescape=True,
@@ -400,18 +432,23 @@ def render(report: Report, figures: Mapping[str, bytes]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(visible=_visible, setting=_setting)
-    distances = _distance_columns(report)
+    parts = [_part(*pair) for pair in zip([report, *report.parts], figures, strict=True)]
+    return environment.get_template("report.html.j2").render(title=report.title, parts=parts)
+
+
+def _part(report: Report, figures: Mapping[str, bytes]) -> dict[str, Any]:
+    """What the page shows of one problem."""
     with_settings = [run for run in report.runs if run.settings or run.seconds is not None]
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        figures={name: base64.b64encode(png).decode("ascii") for name, png in figures.items()},
-        distances=_table(distances, report.rows),
-        diversity=_table(_DIVERSITY_COLUMNS, report.rows),
-        with_samples=[row for row in report.rows if row.samples],
-        with_settings=with_settings,
-        setting_names=list(dict.fromkeys(name for run in with_settings for name in run.settings)),
-        sample_sizes=[row for row in report.rows if row.evaluation is not None],
-    )
+    return {
+        "report": report,
+        "figures": {name: base64.b64encode(png).decode("ascii") for name, png in figures.items()},
+        "distances": tabulate(distance_columns(report), report.rows),
+        "diversity": tabulate(DIVERSITY_COLUMNS, report.rows),
+        "with_samples": [row for row in report.rows if row.samples],
+        "with_settings": with_settings,
+        "setting_names": list(dict.fromkeys(name for run in with_settings for name in run.settings)),
+        "sample_sizes": [row for row in report.rows if row.evaluation is not None],
+    }
 
 
 def write_report(report: Report, folder: str | Path) -> Path:
@@ -427,56 +464,121 @@ def write_report(report: Report, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    figures = _figures(report)
-    for name, png in figures.items():
-        (folder / "figures" / f"{name}.png").write_bytes(png)
+    figures = [_figures(part) for part in [report, *report.parts]]
+    for number, of_part in enumerate(figures, start=1):
+        for name, png in of_part.items():
+            suffix = "" if number == 1 else f"_{number}"
+            (folder / "figures" / f"{name}{suffix}.png").write_bytes(png)
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
     page = folder / "report.html"
     page.write_text(render(report, figures), encoding="utf-8", errors="replace")  # a model may write half characters
     return page
 
 
-def read_report(path: str | Path) -> Report:
+def write_evaluation(report: Report, folder: str | Path) -> Path:
     """
-    The report that [`write_report`] wrote.
+    Writes `evaluation.json`: every estimate of every row, for programs, and all that a page needs ([`read_report`]).
 
     Args:
-        path (`str` or `Path`): its folder, or `report.json`.
+        report ([`Report`]): its rows are the models that were evaluated.
+        folder (`str` or `Path`): of a finished preparation.
+
+    Returns:
+        The path of the file.
+    """
+    file = Path(folder) / EVALUATION
+    file.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return file
+
+
+def read_report(path: str | Path) -> Report:
+    """
+    What is known of a run: a report of [`write_report`], an evaluation of [`write_evaluation`], or a training's log.
+
+    Args:
+        path (`str` or `Path`): a folder with one of these, or the file itself.
 
     Raises:
         ValueError: there is none, or the file is something else.
     """
     path = Path(path)
-    path = path / "report.json" if path.is_dir() else path
+    if path.is_dir():
+        known = [path / name for name in (EVALUATION, "report.json", TRAINER_STATE) if (path / name).exists()]
+        path = known[0] if known else path / "report.json"
     try:
-        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return _training_log(path, record) if path.name == TRAINER_STATE else Report.from_dict(record)
     except OSError:
         raise ValueError(f"There is no report at {path}: give the folder of a finished run.") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is not a report written by `trl_bayes`.") from None
 
 
+_LOGGED = {"reward": "reward", "posterior/kl_prior": "kl_prior", "posterior/forward_kl": "forward_kl"}
+
+
+def _training_log(path: Path, state: Mapping[str, Any]) -> Report:
+    """A run that was not evaluated: what its trainer logged, in `trainer_state.json`. Its problem is not known."""
+    name, log = path.resolve().parent.name, state["log_history"]
+    end: dict[str, Any] = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
+    per_step = end.get("train_samples_per_second", 0) * end.get("train_runtime", 0) / max(state["global_step"], 1)
+    note = "as logged in training, without a standard error"
+    curve = [
+        CurvePoint(
+            entry["step"],
+            round(entry["step"] * per_step),
+            {ours: Estimate(float(entry[key]), note=note) for key, ours in _LOGGED.items() if key in entry},
+        )
+        for entry in log
+        if "reward" in entry
+    ]
+    if not curve:
+        raise ValueError("nothing of ours is in this log")
+    last = Evaluation(name, {key: _estimate(value) for key, value in curve[-1].metrics.items()}, note=note)
+    run = RunRecord(name, name, "", last, curve, settings={"steps": state["global_step"]})
+    run.seconds = end.get("train_runtime")
+    return Report(
+        "Training runs", "What each run's trainer logged: estimates from the samples it trained on.", runs=[run]
+    )
+
+
 def merge_reports(reports: Mapping[str, Report]) -> Report:
     """
-    The runs of several reports about one problem on one page, with the first one's references and texts.
+    All runs of several reports on one page: those about one problem together, with the references of the first.
 
     Args:
-        reports (`dict[str, Report]`): by a name, such as their folders. Where there are several, it is added to the
-            labels of the runs.
+        reports (`dict[str, Report]`): by a name, such as their folders. Where there are several about a problem, it is
+            added to the labels of the runs. One that does not say what its problem is, the log of a training, goes
+            with the first.
 
     Raises:
-        ValueError: no reports, or reports about different problems, whose runs cannot be compared.
+        ValueError: no reports.
     """
     if not reports:
         raise ValueError("There are no reports to merge: give at least one.")
-    (first_name, first), *others = reports.items()
-    for name, other in others:
-        for what in ("problem", "hard", "reward_label"):
-            if getattr(other, what) != getattr(first, what):
-                raise ValueError(
-                    f"{name} cannot be compared with {first_name}: its {what} is {getattr(other, what)!r} and not "
-                    f"{getattr(first, what)!r}."
-                )
+    every = {
+        name if number == 0 else f"{name}, part {number + 1}": replace(part, parts=[])
+        for name, report in reports.items()
+        for number, part in enumerate([report, *report.parts])
+    }
+    groups: list[dict[str, Report]] = []
+    for name, report in sorted(every.items(), key=lambda item: not item[1].problem):  # stable: logs come last
+        same = [group for group in groups if not report.problem or _are_comparable(report, next(iter(group.values())))]
+        if same:
+            same[0][name] = report
+        else:
+            groups.append({name: report})
+    first, *others = [_merge_comparable(group) for group in groups]
+    return replace(first, parts=others)
+
+
+def _are_comparable(one: Report, other: Report) -> bool:
+    return all(getattr(one, what) == getattr(other, what) for what in ("problem", "hard", "reward_label"))
+
+
+def _merge_comparable(reports: Mapping[str, Report]) -> Report:
+    """The runs of reports about one problem, with the references and texts of the first."""
+    first, *others = reports.values()
     if not others:
         return first
     runs = [

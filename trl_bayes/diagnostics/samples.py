@@ -7,15 +7,16 @@ completion that is cut at the limit is an outcome of its own, so that the probab
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..generation import evaluating, find_stop_ids, generate, pad_rows, seeded, tokenize_prompt
 
 
 Prompt = str | list[dict[str, Any]]
@@ -111,28 +112,21 @@ def sample(
     if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
     prompts = list(prompts)
-    prompt_ids = [_tokenize(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
     prompt_index = torch.arange(len(prompts)).repeat_interleave(num_per_prompt)  # (N,)
-    stop_ids = _stop_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids,
-        pad_token_id=pad_id,
-    )
+    stop_ids = find_stop_ids(model, tokenizer)
     completion_ids: list[list[int]] = []
-    device = next(model.parameters()).device
     starts = range(0, len(prompt_index), batch_size)
-    with torch.no_grad(), _seeded(seed, device), _evaluating(model), _plain_generation(model):
+    with seeded(seed, next(model.parameters()).device), evaluating(model):
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not progress):
-            batch = [prompt_ids[i] for i in prompt_index[start : start + batch_size].tolist()]
-            ids, mask = (t.to(device) for t in _pad(batch, pad_id, left=True))
-            generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-            completion_ids += [_cut_at_stop(row, stop_ids) for row in generated[:, ids.size(1) :].tolist()]
+            completion_ids += generate(
+                model,
+                [prompt_ids[i] for i in prompt_index[start : start + batch_size].tolist()],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stop_ids=stop_ids,
+                pad_token_id=tokenizer.pad_token_id,
+            )
     return Samples(
         prompts=prompts,
         prompt_ids=prompt_ids,
@@ -178,7 +172,7 @@ def log_probs(
     different = list(dict.fromkeys(outcomes))
     different.sort(key=lambda outcome: len(samples.prompt_ids[outcome[0]]) + len(outcome[1]))
     value_of: dict[tuple[int, tuple[int, ...]], float] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for start in tqdm(range(0, len(different), batch_size), desc="scoring", unit="batch", disable=not progress):
             batch = different[start : start + batch_size]
             values = _batch_log_probs(
@@ -231,49 +225,6 @@ async def _wait_for(awaitable: Any) -> Any:
     return await awaitable
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """As TRL tokenizes a prompt."""
-    if isinstance(prompt, str):
-        encoded: Any = tokenizer(text=prompt)
-    else:
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    ids = list(encoded["input_ids"])
-    if not ids:
-        raise ValueError(
-            f"The prompt {prompt!r} has no tokens, so the first token of a completion would have no distribution: "
-            "use a tokenizer that adds a first token, or leave this prompt out."
-        )
-    return ids
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the tokenizer's and the model's, as in TRL."""
-    config: Any = model.generation_config
-    ends = config.eos_token_id if config is not None else None
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    own = tokenizer.eos_token_id
-    stop_ids = ends if own is None or own in ends else [own, *ends]
-    if not stop_ids:
-        raise ValueError("Neither the tokenizer nor the model has an EOS token: set `tokenizer.eos_token`.")
-    return stop_ids
-
-
-def _cut_at_stop(row: list[int], stop_ids: list[int]) -> list[int]:
-    """A row as generated, up to and with its first stop token; what follows is padding."""
-    return row[: next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))]
-
-
-def _pad(rows: list[list[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows padded to the longest: ids and mask, (B, L)."""
-    length = max(len(row) for row in rows)
-    ids, mask = [], []
-    for row in rows:
-        padding, zeros = [pad_id] * (length - len(row)), [0] * (length - len(row))
-        ids.append(padding + row if left else row + padding)
-        mask.append(zeros + [1] * len(row) if left else [1] * len(row) + zeros)
-    return torch.tensor(ids), torch.tensor(mask)
-
-
 def _batch_log_probs(
     model: PreTrainedModel,
     prompts: list[list[int]],
@@ -283,7 +234,9 @@ def _batch_log_probs(
 ) -> Tensor:
     """(B,) float64 on CPU."""
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    ids, mask = _pad(rows, pad_id=0, left=False)  # the padding's token does not matter: nothing that counts sees it
+    ids, mask = pad_rows(
+        rows, pad_token_id=0, left=False
+    )  # the padding's token does not matter: nothing that counts sees it
     starts = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)  # (B, 1)
     positions = torch.arange(1, ids.size(1)).unsqueeze(0)  # (1, L-1) of the tokens that are predicted
     own = ((positions >= starts) & mask[:, 1:].bool()).to(device)  # (B, L-1)
@@ -292,42 +245,3 @@ def _batch_log_probs(
     chosen = logits.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
     per_token = (chosen - logits.logsumexp(dim=2)).double()  # (B, L-1)
     return torch.where(own, per_token, 0.0).sum(dim=1).cpu()
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, then every module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Without the model's own generation settings: `generate` reads what a call leaves open from there.
-
-    A repetition penalty in a checkpoint's generation_config.json would change the distribution unnoticed. An adapter
-    and its base model both have settings.
-    """
-    owners: list[Any] = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
-    own = [owner.generation_config for owner in owners]
-    for owner in owners:
-        owner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for owner, config in zip(owners, own, strict=True):
-            owner.generation_config = config
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A random state of its own."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

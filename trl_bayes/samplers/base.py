@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..diagnostics.evaluate import draw_prior
 from ..diagnostics.samples import Prompt, RewardFunction
 from ..targets import PriorScores, Target
-from .language_model import LanguageModelSource, check_same_vocabulary
+from ..vocabulary import check_same_vocabulary
+from .language_model import LanguageModelSource
 from .source import Candidates, CompletionSource, check_support, concatenate
 
 
@@ -184,7 +185,7 @@ class Sampler:
         target.bind([getattr(f, "__name__", f"reward_{k}") for k, f in enumerate(reward_funcs)], reward_weights)
         method.check(target, proposal is not None)
         if proposal is not None:
-            check_same_vocabulary(prior, proposal, tokenizer)
+            check_same_vocabulary("proposal", proposal.config._name_or_path, proposal.config, prior.config, tokenizer)
         self.prior, self.proposal, self.tokenizer = prior, proposal, tokenizer
         self.reward_funcs, self.target, self.method = list(reward_funcs), target, method
         self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size

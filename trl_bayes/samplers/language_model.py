@@ -7,22 +7,10 @@ import numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..diagnostics.samples import (
-    Prompt,
-    RewardFunction,
-    Samples,
-    _cut_at_stop,
-    _evaluating,
-    _pad,
-    _plain_generation,
-    _seeded,
-    _stop_ids,
-    _tokenize,
-    log_probs,
-    score,
-)
+from ..diagnostics.samples import Prompt, RewardFunction, Samples, log_probs, score
+from ..generation import evaluating, find_stop_ids, generate, seeded, tokenize_prompt
 from ..targets import Context, Target
 from .source import Candidates, CompletionSource, SamplingError
 
@@ -70,9 +58,9 @@ class LanguageModelSource(CompletionSource):
         self.prior, self.proposal, self.tokenizer = prior, proposal, tokenizer
         self.reward_funcs, self.target, self.columns = list(reward_funcs), target, dict(columns)
         self.prompts, self.prompt_keys = list(prompts), prompt_keys
-        self.prompt_ids = [_tokenize(tokenizer, prompt) for prompt in self.prompts]
+        self.prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in self.prompts]
         self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
-        self.stop_ids = _stop_ids(prior, tokenizer)
+        self.stop_ids = find_stop_ids(prior, tokenizer)
         self._seeds = numpy.random.default_rng(seed)
         self._bar = tqdm(desc="generating", unit="completion", disable=not progress)
 
@@ -90,38 +78,24 @@ class LanguageModelSource(CompletionSource):
         index = prompt_index.tolist()
         extended: list[list[int]] = [[] for _ in prefixes]
         order = sorted(range(len(rooms)), key=rooms.__getitem__)  # a batch generates as far as its longest
-        device = next(model.parameters()).device
-        with torch.no_grad(), _seeded(int(self._seeds.integers(2**62)), device), _evaluating(model):
+        with seeded(int(self._seeds.integers(2**62)), next(model.parameters()).device), evaluating(model):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                rows = [self.prompt_ids[index[i]] + prefixes[i] for i in batch]
-                drawn = self._generate(model, rows, rooms[batch[-1]], device)
+                drawn = generate(
+                    model,
+                    [self.prompt_ids[index[i]] + prefixes[i] for i in batch],
+                    max_new_tokens=rooms[batch[-1]],
+                    temperature=self.temperature,
+                    stop_ids=self.stop_ids,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
                 for i, row in zip(batch, drawn, strict=True):
-                    new = _cut_at_stop(row[: rooms[i]], self.stop_ids)
+                    new = row[: rooms[i]]
                     self.num_tokens += len(new)
                     extended[i] = prefixes[i] + new
                 self.num_generated += len(batch)
                 self._bar.update(len(batch))
         return extended
-
-    def _generate(
-        self, model: PreTrainedModel, rows: list[list[int]], max_new_tokens: int, device: torch.device
-    ) -> list[list[int]]:
-        """New tokens by plain ancestral sampling, whatever the model's generation config."""
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.stop_ids,
-            pad_token_id=pad_id,
-        )
-        ids, mask = (t.to(device) for t in _pad(rows, pad_id, left=True))
-        with _plain_generation(model):
-            generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-        return generated[:, ids.size(1) :].tolist()
 
     def is_finished(self, completion_ids: list[int]) -> bool:
         return len(completion_ids) >= self.max_new_tokens or self._has_ended(completion_ids)
@@ -159,27 +133,3 @@ class LanguageModelSource(CompletionSource):
     def _samples(self, prompt_index: Tensor, completion_ids: list[list[int]], texts: list[str]) -> Samples:
         ended = torch.tensor([self._has_ended(ids) for ids in completion_ids], dtype=torch.bool)
         return Samples(self.prompts, self.prompt_ids, prompt_index, completion_ids, texts, ended)
-
-
-def check_same_vocabulary(
-    prior: PreTrainedModel, proposal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """
-    Refuses a proposal that reads tokens in another way than the prior.
-
-    Its own tokenizer is compared where it comes with one; models of one family may pad their embeddings to different
-    sizes. Otherwise the sizes must agree.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    advice = "use a policy with the prior's tokenizer as the proposal."
-    try:
-        vocabulary = AutoTokenizer.from_pretrained(proposal.config._name_or_path).get_vocab()
-    except (OSError, ValueError):  # no tokenizer beside the weights
-        vocabulary = None
-    if vocabulary is not None and vocabulary != tokenizer.get_vocab():
-        raise ValueError(f"The proposal's tokenizer has another vocabulary than the prior's: {advice}")
-    sizes = [model.config.get_text_config().vocab_size for model in (proposal, prior)]
-    if vocabulary is None and sizes[0] != sizes[1]:
-        raise ValueError(f"The proposal has a vocabulary of {sizes[0]} tokens, the prior one of {sizes[1]}: {advice}")

@@ -27,10 +27,11 @@ class Moments(Target):
     functions, 0 or 1 or real: `Moments({"female": 0.5, "science": 0.4})` asks that half of the completions are about
     women. See [A Distributional Approach to Controlled Text Generation](https://huggingface.co/papers/2012.11635).
 
-    `lambda` minimises the convex dual `E_x log E_{pi_0(y|x)}[exp(lambda . (f - mu))]` over prior samples. There is one
-    `lambda` for all prompts, and all prompts weigh the same in the moments, as they do in training: a prompt may be
-    off if others make up for it. Subtracting `mu` changes `Z` and not `p`, and makes a feature that does not apply to
-    a completion (`NaN`) neutral: the moment is the mean over completions to which it applies.
+    `lambda` minimises the convex dual `E_x log E_{pi_0(y|x)}[exp(lambda . (f - mu))]` over prior samples: the mean
+    over prompts of `log Z(x)`, and not the `log Z` of all samples pooled, which would weigh prompts by their `Z(x)`.
+    There is one `lambda` for all prompts, and all prompts weigh the same in the moments, as they do in training: a
+    prompt may be off if others make up for it. Subtracting `mu` changes `Z` and not `p`, and makes a feature that does
+    not apply to a completion (`NaN`) neutral: the moment is the mean over completions to which it applies.
 
     In a [`Product`] with other targets it is the product whose moments are `mu`: `lambda` is fitted under the evidence
     of the others, so `Product([Constraint("valid"), Moments({"female": 0.5})])` has half of the *valid* ones about

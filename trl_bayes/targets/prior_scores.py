@@ -105,10 +105,15 @@ def prior_log_partition(phi: torch.Tensor) -> PartitionEstimate:
     """
     Evidence from samples of the prior: `log Z = log mean_i exp(phi_i)`, with its standard error.
 
-    `Z` is estimated without bias, and its standard error is the usual one of a mean. That of `log Z` follows by the
-    delta method, `SE(log Z) = SE(Z) / Z`, and can be trusted where it is small against 1, i.e. where `ess * N` is
-    large. Where rare completions carry much of the evidence, `log Z` tends to be too low together with its standard
-    error: with `ess * N = 200` about 1.5 % of estimates lie more than 3 standard errors off, instead of 0.3 %.
+    `Z` is estimated without bias. By the delta method `SE(log Z) = SE(Z) / Z`, of which the second factor is the usual
+    standard error of a mean, times `sqrt(1 + skewness(Z))` with the skewness `gamma / sqrt(N)` of a mean of weights of
+    skewness `gamma`. For weights skewed to the right, an estimate that is too low has too small a standard error as
+    well, `cov(mean, s^2) = mu_3 / N`; what is returned is the one that holds where `Z` is underestimated by one
+    standard error, and is a little too large where it is not.
+
+    Trust it where it is small against 1, i.e. where `ess * N` is large. With `ess * N = 200` and `gamma = 13` about
+    0.7 % of estimates lie more than 3 standard errors off (1.1 % without the skewness, 0.3 % of a normal
+    distribution), all of them too low: what has not been seen is not known.
 
     Args:
         phi (`torch.Tensor`): log-evidence `(P, N)` of samples of the prior, in nats; `NaN` leaves a sample out.
@@ -127,7 +132,16 @@ def prior_log_partition(phi: torch.Tensor) -> PartitionEstimate:
     variance = (concentration * count - 1).clamp(min=0) / (count - 1)  # of the mean weight, over its square
     known = (count > 1) & (log_z > -math.inf)
     ess = torch.where(log_z > -math.inf, 1 / (concentration * count), 0.0)
-    return PartitionEstimate(log_z, torch.where(known, variance.sqrt(), math.inf), ess)
+    standard_error = (variance * (1 + _skewness_of_mean((log_weight - log_sum.unsqueeze(1)).exp(), valid))).sqrt()
+    return PartitionEstimate(log_z, torch.where(known, standard_error, math.inf), ess)
+
+
+def _skewness_of_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Skewness of the mean of each row's valid values, `(P,)` from `(P, N)`; at least 0, and below 1."""
+    count = valid.sum(dim=1, keepdim=True)
+    deviation = (values - values.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True) / count).masked_fill(~valid, 0.0)
+    skewness = deviation.pow(3).sum(dim=1) / deviation.square().sum(dim=1).pow(1.5)
+    return skewness.nan_to_num(nan=0.0).clamp(min=0.0)  # none where all are equal
 
 
 class PromptTable(NamedTuple):

@@ -1,0 +1,95 @@
+"""What can be wrong about targets that learn from the prior, on the command line: one sentence, no traceback."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl_bayes import cli
+from trl_bayes.diagnostics.tiny import letter_count_task
+
+
+TASK = letter_count_task()
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return TASK.build_model(tmp_path_factory.mktemp("prior"))
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "message"),
+    [
+        (
+            "dpg",
+            {"target": {"name": "moments", "mu": {"has_self": 0.5}}},
+            "The target Moments reads the reward 'has_self', but the reward functions are ['length_in_characters']: "
+            "use one of these names.",
+        ),
+        (
+            "kl-rl",
+            {"target": {"name": "calibrated", "transform": "best_of_n", "n": 4, "rewards": "length"}},
+            "The target Calibrated reads the reward 'length', but the reward functions are ['length_in_characters']: "
+            "use one of these names.",
+        ),
+        *(
+            (
+                "f-dpg",
+                {"target": {"name": "log_sigmoid_centered", "quantile": quantile}},
+                f"`LogSigmoidCentered` needs a `quantile` between 0 and 1, both excluded, got {quantile}.",
+            )
+            for quantile in (0.0, 1.0, 85)
+        ),
+        (
+            "kl-rl",
+            {"target": {"name": "calibrated", "transform": "best_of_n", "n": 1}},
+            "`best_of_n` needs a whole number `n` of at least 2 (best of how many), got 1.",
+        ),
+        (
+            "ctrl",
+            {"inference_n": 1},
+            "`inference_n=1` leaves nothing to choose from: set it to 2 or more, or use KLRLTrainer for a policy that "
+            "is sampled from once.",
+        ),
+        (
+            "tb",
+            {"partition": "prior_samples", "num_prior_samples": 1},
+            "`num_prior_samples=1` is too few to learn from: set it to 2 or more.",
+        ),
+        (
+            "dpg",
+            {"target": {"name": "moments", "mu": {}}},
+            "`Moments` needs a mapping of feature names to moments, {'female': 0.5}, got {}.",
+        ),
+    ],
+)
+def test_one_sentence(
+    command: str,
+    settings: dict[str, Any],
+    message: str,
+    prior: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in TASK.prompts * 2))
+    recipe = {
+        "model_name_or_path": prior,
+        "dataset_name": "prompts.jsonl",
+        "reward_funcs": [{"name": "length_in", "unit": "characters"}],
+        "output_dir": "out",
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    Path("recipe.yaml").write_text(json.dumps(recipe | settings))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--config", "recipe.yaml"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == f"trl-bayes {command}: error: {message}"
