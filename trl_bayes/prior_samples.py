@@ -33,6 +33,10 @@ _SCHEMA = pa.schema(
 _SETTINGS_FILE = "settings.json"
 
 
+class PriorSamplesError(ValueError):
+    """Samples of the prior that are not those of this run, or that a target cannot be fitted to."""
+
+
 class Draw(NamedTuple):
     """`B` completions that a draw returns, one for each row that it was given, in their order."""
 

@@ -74,6 +74,21 @@ def test_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    assert refusal(command, prior, settings, capsys) == f"trl-bayes {command}: error: {message}"
+
+
+def refusal(command: str, prior: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line of what a command says before it stops."""
+    write_recipe(prior, settings)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--config", "recipe.yaml"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+def write_recipe(prior: str, settings: dict[str, Any]) -> None:
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in TASK.prompts * 2))
     recipe = {
         "model_name_or_path": prior,
@@ -87,9 +102,17 @@ def test_one_sentence(
         "report_to": "none",
     }
     Path("recipe.yaml").write_text(json.dumps(recipe | settings))
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--config", "recipe.yaml"])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert said.splitlines()[-1] == f"trl-bayes {command}: error: {message}"
+
+
+def test_what_turns_out_from_the_prior_is_one_sentence_too(
+    prior: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"num_prior_samples": 50, "max_steps": 1, "save_strategy": "no", "max_completion_length": 4}
+    reachable, out_of_reach = ({"name": "moments", "mu": {"length_in_characters": mu}} for mu in (4.0, 1000.0))
+    said = refusal("dpg", prior, {**settings, "target": out_of_reach}, capsys)
+    assert "length_in_characters" in said and "1000" in said
+    write_recipe(prior, {**settings, "target": reachable, "prior_samples_dir": "kept", "output_dir": "first"})
+    cli.main(["dpg", "--config", "recipe.yaml"])
+    other = {**settings, "target": reachable, "prior_samples_dir": "kept", "output_dir": "second", "seed": 1}
+    assert "kept" in refusal("dpg", prior, other, capsys)

@@ -29,6 +29,7 @@ from trl import (
 )
 
 from ..assets import EMBEDDED, embedded_path
+from ..prior_samples import PriorSamplesError
 from ..rewards import build_rewards
 from ..targets import build_target
 from ..trainers.posterior_config import PosteriorConfig
@@ -144,7 +145,12 @@ def run(
         trainer = make_trainer(trainer_class, arguments)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error) or type(error).__name__)
-    train(trainer, arguments, checkpoint)
+    try:
+        train(trainer, arguments, checkpoint)
+    except (
+        PriorSamplesError
+    ) as error:  # what turns out only when the prior is sampled; other errors keep their traceback
+        parser.error(str(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

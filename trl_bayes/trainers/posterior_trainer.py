@@ -29,7 +29,7 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from .. import estimators
-from ..prior_samples import Draw, PriorSamples
+from ..prior_samples import Draw, PriorSamples, PriorSamplesError
 from ..running_partition import RunningPartition
 from ..targets import Context, PromptTable, Target, build_target
 from .exactness import distribution_altering_settings
@@ -297,19 +297,22 @@ class PosteriorTrainer(GRPOTrainer):
         drawn: the training that follows is the same, whether or not the samples were already there.
 
         Raises:
-            ValueError: samples are missing in the middle of a run, or the policy is not the prior for another reason.
+            PriorSamplesError: a `ValueError`: the samples that are kept are of another model, data or reward, some are
+                missing in the middle of a run, or the target cannot be fitted to them.
+            ValueError: the policy is not the prior any more.
         """
         datasets = [self._remove_unused_columns(dataset) for dataset in self._datasets()]  # as TRL gives them
         rows = {_row_hash(row): row for dataset in datasets for row in dataset}
-        samples = PriorSamples(
-            self.args.prior_samples_dir or Path(str(self.args.output_dir)) / "prior_samples",
-            self._prior_sample_settings(),
-            torch.tensor(list(rows), dtype=torch.int64),
-            num_samples=self.args.num_prior_samples,
-            chunk_size=self.args.per_device_train_batch_size * (self.args.steps_per_generation or 1),
-        )
+        with _as_prior_samples_error():
+            samples = PriorSamples(
+                self.args.prior_samples_dir or Path(str(self.args.output_dir)) / "prior_samples",
+                self._prior_sample_settings(),
+                torch.tensor(list(rows), dtype=torch.int64),
+                num_samples=self.args.num_prior_samples,
+                chunk_size=self.args.per_device_train_batch_size * (self.args.steps_per_generation or 1),
+            )
         if len(samples.missing()) and self.state.global_step > 0:
-            raise ValueError(
+            raise PriorSamplesError(
                 f"Samples of the prior are missing in {samples.folder}, and the policy has been trained since: start "
                 "again, or resume from a checkpoint with its `posterior_state` files."
             )
@@ -323,7 +326,8 @@ class PosteriorTrainer(GRPOTrainer):
         )
         scores = samples.scores()
         if self.target.needs_prior_samples and not self.target.is_fitted:
-            self.target.fit(scores)
+            with _as_prior_samples_error():
+                self.target.fit(scores)
         if self.args.partition == "prior_samples":
             log_z = scores.log_partition(self.target).log_partition
             self.prior_log_z = PromptTable.of(scores.keys, log_z)
@@ -730,6 +734,15 @@ class PosteriorTrainer(GRPOTrainer):
 def log_density_ratio(sequences: Sequences) -> torch.Tensor:
     """`log t = log pi - log p`, in nats; `+inf` outside the posterior's support."""
     return sequences.log_policy - sequences.log_target + sequences.log_z
+
+
+@contextmanager
+def _as_prior_samples_error() -> Iterator[None]:
+    """Tells what a user can set right, for the command line to say in one sentence, from errors in the code."""
+    try:
+        yield
+    except ValueError as error:
+        raise PriorSamplesError(str(error)) from error
 
 
 def _row_hash(row: dict[str, Any]) -> int:
