@@ -1,32 +1,27 @@
 """Measure what our trainers add to a step of GRPOTrainer in a run of several processes."""
 
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PrinterCallback
+from transformers import HfArgumentParser
 
 from ..diagnostics.exact_benchmark import Method, methods, problems
-from ..diagnostics.tiny import build_tiny_tokenizer
-from .bench_step import _Clock, _token_reward
+from ..diagnostics.step_benchmark import Clock, ProcessorClock, StepSize, build_model, ratio_cells, train
 
 
 _YARDSTICK = "TRL GRPOTrainer"
 
 
 @dataclass
-class ScalingArguments:
+class ScalingArguments(StepSize):
     r"""
-    Arguments of the scaling benchmark, which `accelerate launch -m trl_bayes.commands.bench_scaling` starts.
+    Arguments of the scaling benchmark, which `accelerate launch -m trl_bayes.commands.bench_scaling` starts, besides
+    the [`~trl_bayes.diagnostics.step_benchmark.StepSize`].
 
     All trainers are measured in the same processes, and rounds take them in turn, forwards and backwards, so a slow
     spell of the machine falls on all of them. What is compared is whole steps: sampling, rewards, scoring and update.
@@ -34,26 +29,23 @@ class ScalingArguments:
     is busy with.
 
     Parameters:
-        hidden_size, num_layers, vocab_size (`int`): of a randomly initialised Llama.
-        max_completion_length, batch_size, num_generations (`int`): of a step; the batch is that of each process.
-        steps (`int`, *optional*, defaults to `5`): timed steps of a measurement, after two that are not.
         rounds (`int`, *optional*, defaults to `6`): measurements of each trainer.
         methods (`list[str]`, *optional*): parts of the names of the trainers to measure beside GRPOTrainer.
-        use_cpu (`bool`, *optional*, defaults to `False`): train without a GPU.
-        bf16 (`bool`, *optional*, defaults to `False`): train in bfloat16.
     """
 
-    hidden_size: int = 256
-    num_layers: int = 4
-    vocab_size: int = 8192
-    max_completion_length: int = 48
-    batch_size: int = 16
-    num_generations: int = 8
-    steps: int = 5
-    rounds: int = 6
-    methods: list[str] = field(default_factory=list)
-    use_cpu: bool = False
-    bf16: bool = False
+    batch_size: int = field(default=16, metadata={"help": "Completions of a step, in each process."})
+    steps: int = field(default=5, metadata={"help": "Timed steps of a measurement, after two that are not."})
+    rounds: int = field(default=6, metadata={"help": "Measurements of each trainer."})
+    methods: list[str] = field(default_factory=list, metadata={"help": "Parts of the names of the trainers."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"`rounds` must be at least 1, got {self.rounds}.")
+        ours = [method.name for method in methods(problems()["letters"]) if method.is_ours]
+        unknown = [part for part in self.methods if not any(part in name for name in ours)]
+        if unknown:
+            raise ValueError(f"No trainer of ours is named {unknown[0]!r}: they are {', '.join(ours)}.")
 
 
 class Step(NamedTuple):
@@ -65,9 +57,11 @@ class Step(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """Measures GRPOTrainer and ours in turn, and prints the table in the first process."""
-    (args,) = HfArgumentParser(cast(Any, ScalingArguments)).parse_args_into_dataclasses(
-        sys.argv[1:] if argv is None else argv
-    )
+    parser = HfArgumentParser(cast(Any, ScalingArguments), prog="trl-bayes bench-scaling", description=__doc__)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        parser.error(str(error))
     state = PartialState(cpu=args.use_cpu)
     if state.num_processes == 1:
         print("There is one process only: start it by `accelerate launch` to measure several.", file=sys.stderr)
@@ -77,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as own_folder:
         (folder,) = broadcast_object_list([own_folder])
         if state.is_main_process:
-            _build_model(folder, args)
+            build_model(folder, args)
         state.wait_for_everyone()
         for number in range(args.rounds):
             for method in chosen if number % 2 == 0 else reversed(chosen):
@@ -94,55 +88,11 @@ def _is_wanted(method: Method, parts: Sequence[str]) -> bool:
     return method.name == _YARDSTICK or (method.is_ours and (not parts or any(part in method.name for part in parts)))
 
 
-def _build_model(folder: str, args: ScalingArguments) -> None:
-    tokenizer = build_tiny_tokenizer([f"w{i}" for i in range(args.vocab_size - 1)])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 4,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=max(args.hidden_size // 64, 1),
-        num_key_value_heads=max(args.hidden_size // 64, 1),
-        max_position_embeddings=args.max_completion_length + 64,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def measure(method: Method, folder: str, args: ScalingArguments) -> tuple[Any, Step]:
     """The trainer after its run, and its median step."""
-    clock, processor = _Clock(), _ProcessorClock()
-    settings: dict[str, Any] = dict(
-        output_dir=str(Path(folder) / "out"),
-        per_device_train_batch_size=args.batch_size,
-        num_generations=args.num_generations,
-        max_completion_length=args.max_completion_length,
-        max_steps=args.steps + 2,
-        beta=0.1,
-        use_cpu=args.use_cpu,
-        bf16=args.bf16,
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        **method.settings,
-    )
-    trainer = method.trainer(
-        model=folder,
-        reward_funcs=_token_reward,
-        args=method.config(**settings),
-        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(64)]}),
-        callbacks=[clock, processor],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    medians = [statistics.median(one.seconds[2:]) for one in (clock, processor)]
-    wall, work = zip(*gather_object([medians]), strict=True)
+    clock, processor = Clock(), ProcessorClock()
+    trainer = train(method, folder, args, [clock, processor])
+    wall, work = zip(*gather_object([[clock.median, processor.median]]), strict=True)
     return trainer, Step(max(wall), sum(work))
 
 
@@ -157,21 +107,9 @@ def to_markdown(steps: dict[str, list[Step]], num_processes: int, device: str) -
     for name, rounds in steps.items():
         cells = [name]
         for ours, theirs in zip(zip(*rounds, strict=True), zip(*steps[_YARDSTICK], strict=True), strict=True):
-            ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-            cells.append(f"{statistics.median(ours):.3f}")
-            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+            cells += ratio_cells(ours, theirs, digits=3)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-class _ProcessorClock(_Clock):
-    """Seconds of processor time, of all threads of this process."""
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.process_time()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time() - self._start)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,14 @@
 """Trainers side by side on tasks whose posterior is known exactly: where each run ends, in nats, and what it cost."""
 
-import json
+import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from .. import (
@@ -34,7 +23,11 @@ from .. import (
 )
 from ..targets import Constraint, Target, Tilt
 from .exact import PolicyFit
+from .learning_curve import Point, Recorder
 from .tiny import EnumerableTask, balance_task, bigram_task, hard_constraint_task, letter_count_task
+
+
+_BUDGET = {"per_device_train_batch_size": 256, "max_steps": 400}
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,11 @@ class Problem:
         """The posterior of this problem."""
         return Constraint() if self.beta is None else Tilt(self.beta)
 
+    def steps(self, samples: int) -> int:
+        """Steps in which a training draws so many completions: at least one, at most the problem's own number."""
+        budget = {**_BUDGET, **self.settings}
+        return min(budget["max_steps"], max(1, samples // budget["per_device_train_batch_size"]))
+
     def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
         """`phi` of all completions, `(N,)`."""
         return self.target.log_evidence(rewards.unsqueeze(1))
@@ -81,7 +79,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run ended; `curve` maps generated samples to the fit at that point."""
+    """Where a run ended, after how many generated samples and seconds of training; `curve` is its way there."""
 
     problem: str
     method: str
@@ -89,7 +87,7 @@ class Run:
     samples: int
     seconds: float
     fit: PolicyFit
-    curve: dict[int, PolicyFit] = field(default_factory=dict)
+    curve: tuple[Point[PolicyFit], ...] = ()
 
 
 def problems() -> dict[str, Problem]:
@@ -110,17 +108,25 @@ def problems() -> dict[str, Problem]:
 
 
 def methods(problem: Problem) -> list[Method]:
-    """Our trainers that can reach the problem's posterior and, as yardsticks for a tilt, TRL's."""
+    """
+    TRL's trainers as yardsticks, and those of ours that can reach the problem's posterior.
+
+    TRL's have no hard target. On one they maximise the reward, 0 or 1, with the beta of [`train`], whose optimum is
+    the posterior but for `exp(-1/beta)` of the odds: 5e-5 at 0.1.
+    """
+    theirs = [
+        Method("TRL GRPOTrainer", GRPOTrainer, GRPOConfig),
+        Method("TRL RLOOTrainer", RLOOTrainer, RLOOConfig),
+    ]
     finite_outside_the_support = [
         Method("DPGTrainer", DPGTrainer, DPGConfig),
         Method("FDPGTrainer jensen_shannon", FDPGTrainer, FDPGConfig, {"divergence": "jensen_shannon"}),
         Method("FDPGTrainer forward_kl", FDPGTrainer, FDPGConfig, {"divergence": "forward_kl"}),
     ]
     if problem.target.hard:
-        return finite_outside_the_support
+        return [*theirs, *finite_outside_the_support]
     return [
-        Method("TRL GRPOTrainer", GRPOTrainer, GRPOConfig),
-        Method("TRL RLOOTrainer", RLOOTrainer, RLOOConfig),
+        *theirs,
         Method("KLRLTrainer", KLRLTrainer, KLRLConfig),
         Method("TrajectoryBalanceTrainer", TrajectoryBalanceTrainer, TrajectoryBalanceConfig),
         *finite_outside_the_support,
@@ -143,7 +149,7 @@ def train(
         problem ([`Problem`]), method ([`Method`]): what to run.
         seed (`int`, *optional*, defaults to `0`): of the training run; the prior is the problem's.
         start_seed (`int`, *optional*): trains from a tiny model of this seed and keeps the problem's as the prior.
-        evaluate_at (`Iterable[int]`, *optional*): steps after which to record the fit in the curve.
+        evaluate_at (`Iterable[int]`, *optional*): steps after which to record the fit in the curve; 0 is the start.
         settings: training arguments that differ from the defaults here, 400 steps of 256 completions in groups of 16.
 
     Returns:
@@ -155,10 +161,9 @@ def train(
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         log_prior = task.log_probs(AutoModelForCausalLM.from_pretrained(model_path), tokenizer)
         arguments = {
-            "per_device_train_batch_size": 256,
+            **_BUDGET,
             "num_generations": 16,
             "max_completion_length": task.max_completion_length,
-            "max_steps": 400,
             "learning_rate": 3e-3,
             "lr_scheduler_type": "linear",
             "beta": 0.1 if problem.beta is None else problem.beta,
@@ -190,64 +195,71 @@ def train(
         def fit() -> PolicyFit:
             return task.evaluate(cast(PreTrainedModel, trainer.model), tokenizer, log_prior, problem.log_evidence)
 
-        recorder = _Recorder(fit, evaluate_at)
+        per_step = arguments["per_device_train_batch_size"] / arguments.get("num_iterations", 1)
+        recorder = Recorder(fit, evaluate_at, per_step)
         trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start - recorder.seconds
-        per_step = arguments["per_device_train_batch_size"] / arguments.get("num_iterations", 1)
-        curve = {round(step * per_step): value for step, value in recorder.fits.items()}
-        return Run(problem.name, method.name, seed, round(arguments["max_steps"] * per_step), seconds, fit(), curve)
+        seconds, samples = recorder.seconds, round(arguments["max_steps"] * per_step)
+        return Run(problem.name, method.name, seed, samples, seconds, fit(), tuple(recorder.points))
 
 
-class _Recorder(TrainerCallback):
-    """Evaluates the policy exactly after some steps, and knows how long that took."""
-
-    def __init__(self, fit: Callable[[], PolicyFit], steps: Iterable[int]):
-        self.fit = fit
-        self.steps = set(steps)
-        self.fits: dict[int, PolicyFit] = {}
-        self.seconds = 0.0
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step in self.steps:
-            start = time.perf_counter()
-            self.fits[state.global_step] = self.fit()
-            self.seconds += time.perf_counter() - start
+def _groups(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
+    """The seeds of each problem and method, in the order in which these come."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.problem, run.method), []).append(run)
+    return groups
 
 
 def to_markdown(runs: Sequence[Run]) -> str:
     """A table with a row per problem and method: means over seeds, and the worst seed of `KL(p||pi)`."""
     lines = [
-        "| problem | method | samples | KL(p‖π) mean | worst seed | KL(π‖p) | TV | mass outside | seconds |",
+        "| problem | trainer | samples | KL(p‖π) mean | worst seed | KL(π‖p) | TV | mass outside | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for problem, method in dict.fromkeys((run.problem, run.method) for run in runs):
-        group = [run for run in runs if (run.problem, run.method) == (problem, method)]
-        for samples in [*sorted(group[0].curve), group[0].samples]:
-            fits = [run.curve.get(samples, run.fit) for run in group]
-            forward, reverse, variation, outside = (
-                [getattr(fit, name) for fit in fits]
-                for name in ("forward_kl", "reverse_kl", "total_variation", "mass_outside")
-            )
-            seconds = statistics.mean(run.seconds * samples / run.samples for run in group)
-            lines.append(
-                f"| {problem} | {method} | {samples:,} | {statistics.mean(forward):.4f} | {max(forward):.4f} | "
-                f"{statistics.mean(reverse):.4f} | {statistics.mean(variation):.4f} | "
-                f"{statistics.mean(outside):.4f} | {seconds:.0f} |"
-            )
+    for (problem, method), group in _groups(runs).items():
+        forward, reverse, variation, outside = (
+            [getattr(run.fit, name) for run in group]
+            for name in ("forward_kl", "reverse_kl", "total_variation", "mass_outside")
+        )
+        lines.append(
+            f"| {problem} | {method} | {group[0].samples:,} | {statistics.mean(forward):.4f} | {max(forward):.4f} | "
+            f"{_number(statistics.mean(reverse))} | {statistics.mean(variation):.4f} | "
+            f"{statistics.mean(outside):.4f} | {statistics.mean(run.seconds for run in group):.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def write(runs: Sequence[Run], folder: Path) -> None:
-    """Writes `exact.json` (every run) and `exact.md` (the table)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [
-        {**vars(run), "fit": run.fit._asdict(), "curve": {k: v._asdict() for k, v in run.curve.items()}}
-        for run in runs
-    ]
-    (folder / "exact.json").write_text(json.dumps(records, indent=1))
-    (folder / "exact.md").write_text(to_markdown(runs))
+def curves_to_markdown(runs: Sequence[Run]) -> str:
+    """For each problem a table of `KL(p||pi)`, mean over seeds: a row per method, a column per number of samples."""
+    tables = []
+    for name in dict.fromkeys(run.problem for run in runs):
+        groups = _groups(run for run in runs if run.problem == name)
+        columns = sorted({point.samples for group in groups.values() for run in group for point in run.curve})
+        lines = [
+            f"| {name}: KL(p‖π) after | {' | '.join(f'{samples:,}' for samples in columns)} |",
+            f"|---|{'---|' * len(columns)}",
+        ]
+        for (_, method), group in groups.items():
+            found: dict[int, list[float]] = {}
+            for point in (point for run in group for point in run.curve):
+                found.setdefault(point.samples, []).append(point.value.forward_kl)
+            cells = [f"{statistics.mean(found[samples]):.4f}" if samples in found else "" for samples in columns]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "∞"
+
+
+def to_record(run: Run) -> dict[str, Any]:
+    """A run as strict JSON: an infinite divergence is `null`."""
+    points = [{"samples": at.samples, "seconds": at.seconds, **_finite(at.value)} for at in run.curve]
+    return {**vars(run), "fit": _finite(run.fit), "curve": points}
+
+
+def _finite(fit: PolicyFit) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in fit._asdict().items()}

@@ -18,10 +18,10 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from .evaluate import Estimate
 
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-_REFERENCE = "#222222"
+REFERENCE = "#222222"
 _STYLE: Any = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -68,12 +68,12 @@ def _half_width(estimate: Estimate) -> float:
     return 2 * estimate.standard_error if math.isfinite(estimate.standard_error) else 0.0
 
 
-def _style(index: int) -> dict[str, Any]:
+def run_style(index: int) -> dict[str, Any]:
     return {
-        "color": _COLOURS[index % len(_COLOURS)],
+        "color": COLOURS[index % len(COLOURS)],
         # shifted by one each time the colours begin again
-        "marker": _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)],
-        "linestyle": _LINES[(index + index // len(_COLOURS)) % len(_LINES)],
+        "marker": _MARKERS[(index + index // len(COLOURS)) % len(_MARKERS)],
+        "linestyle": _LINES[(index + index // len(COLOURS)) % len(_LINES)],
     }
 
 
@@ -111,7 +111,7 @@ def _use_root_scale(axes: Axes, largest: float) -> None:
     axes.yaxis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
 
 
-def _png(draw: Callable[[], Figure]) -> bytes:
+def png(draw: Callable[[], Figure]) -> bytes:
     with rc_context(_STYLE):
         figure = draw()
         buffer = io.BytesIO()
@@ -163,7 +163,7 @@ def tradeoff_figure(
         _legend(figure, all_axes[0])
         return figure
 
-    return _png(draw)
+    return png(draw)
 
 
 def _way(one: Series) -> list[tuple[Estimate, Estimate]]:
@@ -176,7 +176,7 @@ def _way(one: Series) -> list[tuple[Estimate, Estimate]]:
 
 
 def _draw_way(axes: Axes, label: str, way: list[tuple[Estimate, Estimate]], index: int) -> None:
-    style = _style(index)
+    style = run_style(index)
     x, y = [kl.value for kl, _ in way], [reward.value for _, reward in way]
     axes.plot(x, y, **{**style, "markersize": 4, "linewidth": 1.4, "alpha": 0.75})
     axes.errorbar(
@@ -204,9 +204,9 @@ def _draw_reference(
         xerr=[_half_width(kl)],
         yerr=[_half_width(reward)],
         fmt=marker,
-        color=_REFERENCE,
+        color=REFERENCE,
         markersize=size,
-        markerfacecolor=_REFERENCE if marker == "*" else "white",
+        markerfacecolor=REFERENCE if marker == "*" else "white",
         capsize=3,
         zorder=5,
     )
@@ -216,7 +216,7 @@ def _draw_reference(
         xytext=offset,
         textcoords="offset points",
         fontweight="bold",
-        color=_REFERENCE,
+        color=REFERENCE,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
         zorder=6,
     )
@@ -248,7 +248,7 @@ def learning_curves_figure(series: Sequence[Series], panels: Sequence[Panel]) ->
         _legend(figure, all_axes.flat[0])
         return figure
 
-    return _png(draw)
+    return png(draw)
 
 
 def _draw_panel(axes: Axes, panel: Panel, series: Sequence[Series]) -> None:
@@ -260,7 +260,7 @@ def _draw_panel(axes: Axes, panel: Panel, series: Sequence[Series]) -> None:
             if _drawable(metrics.get(panel.metric))
         ]
         x, y = [samples for samples, _ in points], [estimate.value for _, estimate in points]
-        style = _style(index)
+        style = run_style(index)
         axes.plot(x, y, **{**style, "markersize": 4.5, "linewidth": 1.6}, label=one.label)
         low = [estimate.value - _half_width(estimate) for _, estimate in points]
         high = [estimate.value + _half_width(estimate) for _, estimate in points]
@@ -269,9 +269,7 @@ def _draw_panel(axes: Axes, panel: Panel, series: Sequence[Series]) -> None:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         drawn += y
     if panel.level is not None and _drawable(panel.level):
-        axes.axhline(
-            panel.level.value, color=_REFERENCE, linestyle=(0, (4, 3)), linewidth=1.4, label="exact posterior"
-        )
+        axes.axhline(panel.level.value, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1.4, label="exact posterior")
     axes.set_title(panel.title, fontsize=11, loc="left", fontweight="bold")
     axes.set_xlabel("completions drawn")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
