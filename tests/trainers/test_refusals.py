@@ -175,7 +175,7 @@ def test_config_of_another_trainer(tmp_path: Path) -> None:
 def test_prior_with_another_vocabulary(model_path: str, tmp_path: Path) -> None:
     other = build_tiny_model(tmp_path / "other", letters="uvwxyz")  # as many tokens, with other meanings
     args = KLRLConfig(**arguments(tmp_path, prior_model_name_or_path=other))
-    with pytest.raises(ValueError, match="prior's tokenizer has another vocabulary .* set `prior_model_name_or_path`"):
+    with pytest.raises(ValueError, match="tokenizer of the prior has another .* set `prior_model_name_or_path`"):
         KLRLTrainer(model_path, TASK.reward_func, args, TASK.dataset(8))
 
 
@@ -184,7 +184,7 @@ def test_prior_without_tokenizer_must_have_the_same_size(model_path: str, tmp_pa
     for file in Path(other).glob("tokenizer*"):
         file.unlink()
     args = KLRLConfig(**arguments(tmp_path, prior_model_name_or_path=other))
-    with pytest.raises(ValueError, match="prior has a vocabulary of 10 tokens and the policy one of 7"):
+    with pytest.raises(ValueError, match="prior has a vocabulary of 10 tokens, the policy one of 7"):
         KLRLTrainer(model_path, TASK.reward_func, args, TASK.dataset(8))
 
 
