@@ -221,7 +221,7 @@ def test_log_sigmoid_centered() -> None:
 @pytest.mark.parametrize("partition", ["running", "prior_samples"])
 def test_partition_of_prior_samples_reaches_the_posterior_as_the_running_one(partition: str) -> None:
     target: Target | dict[str, Any] = {"name": "tilt", "beta": 0.7}
-    trained = train_on(LETTERS, FDPGTrainer, FDPGConfig, target, partition=partition, max_steps=300)
+    trained = train_on(LETTERS, FDPGTrainer, FDPGConfig, target, partition=partition, max_steps=200)
     fit = distance(trained, (trained.rewards[:, 0] / 0.7).expand_as(trained.log_prior))
     assert fit.forward_kl <= 0.02
     assert fit.reverse_kl <= 0.02
