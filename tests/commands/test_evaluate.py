@@ -91,23 +91,13 @@ def metrics(report: Report, name: str) -> dict[str, Estimate]:
 
 
 @pytest.fixture
-def refused(
-    recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., str]:
-    """Runs a recipe that must be refused with exit code 2 and one line, which is returned."""
+def refused(recipe: dict[str, Any], refusal: Callable[..., str]) -> Callable[..., str]:
+    """What the command says of changes to the recipe that it must refuse; it writes nothing."""
 
     def run(changes: dict[str, Any], *flags: str) -> str:
-        changed = {key: value for key, value in (recipe | changes).items() if value is not ...}
-        Path("recipe.yaml").write_text(yaml.safe_dump(changed))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(["evaluate", "--config", "recipe.yaml", *flags])
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and "Traceback" not in error
-        lines = [line for line in error.splitlines() if line.startswith("trl-bayes")]
-        assert len(lines) == 1 and error.rstrip().endswith(lines[0]), error
+        said = refusal("evaluate", recipe | changes, *flags)
         assert not Path("out", "evaluation.json").exists()
-        return lines[0].removeprefix("trl-bayes evaluate: error: ")
+        return said
 
     return run
 

@@ -83,10 +83,8 @@ def logged(folder: str = "out") -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def refused(
-    recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Refused]:
-    """Runs a recipe that must be refused with exit code 2 and one line, which is returned; no model may be loaded."""
+def refused(recipe: dict[str, Any], refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Refused]:
+    """What a command says of changes to the recipe that it must refuse; no model may be loaded."""
 
     def no_model(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -94,15 +92,7 @@ def refused(
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", no_model)
 
     def run(changes: dict[str, Any], *flags: str, command: str = "f-dpg") -> str:
-        changed = {key: value for key, value in (recipe | changes).items() if value is not ...}
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            train(command, changed, *flags)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2
-        lines = [line for line in error.splitlines() if line.startswith("trl-bayes")]
-        assert len(lines) == 1 and error.rstrip().endswith(lines[0]) and "Traceback" not in error, error
-        return lines[0].removeprefix(f"trl-bayes {command}: error: ")
+        return refusal(command, recipe | changes, *flags)
 
     yield run
 

@@ -147,9 +147,7 @@ def run(
         parser.error(str(error) or type(error).__name__)
     try:
         train(trainer, arguments, checkpoint)
-    except (
-        PriorSamplesError
-    ) as error:  # what turns out only when the prior is sampled; other errors keep their traceback
+    except PriorSamplesError as error:  # it turns out only now; other errors keep their traceback
         parser.error(str(error))
 
 

@@ -23,6 +23,7 @@ from ..targets.transforms import (
 )
 from ..trainers.kl_rl import KLRLConfig, KLRLTrainer
 from ..trainers.posterior_trainer import PosteriorTrainer
+from .exact_benchmark import default_arguments
 from .tiny import EnumerableTask
 
 
@@ -158,20 +159,8 @@ def train_on(
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         log_prior = task.log_probs(AutoModelForCausalLM.from_pretrained(model_path), tokenizer)
         arguments = {
-            "per_device_train_batch_size": 256,
-            "num_generations": 16,
+            **default_arguments(task),
             "num_prior_samples": 2000,
-            "max_completion_length": task.max_completion_length,
-            "max_steps": 400,
-            "learning_rate": 3e-3,
-            "lr_scheduler_type": "linear",
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
             **settings,
         }
         trainer = trainer_class(
