@@ -110,6 +110,23 @@ def test_every_number_is_there(tmp_path: Path) -> None:
         assert text in page.text
 
 
+def test_settings_are_side_by_side_where_runs_differ(tmp_path: Path) -> None:
+    first, second = run("a", 0.3), run("b", 0.5)
+    second.settings["beta"] = 0.25
+    text = written(report(first, second), tmp_path).text
+    differing, shared = text.split("where they differ")[-1].split("Shared by all")
+    assert "name a b" in differing and "beta – 0.25" in differing and "learning_rate" not in differing
+    assert "learning_rate 0.0003 torch 9.9" in shared
+
+
+@pytest.mark.parametrize(("kl", "enlarged"), [(0.3, False), (3.0, True)])
+def test_the_surroundings_of_the_posterior_are_enlarged_if_a_run_is_far(
+    tmp_path: Path, kl: float, enlarged: bool
+) -> None:
+    text = written(report(run("a", 0.3), run("far", 0.5, kl_prior=Estimate(kl, 0.01))), tmp_path).text
+    assert ("enlarged" in text) == enlarged
+
+
 def test_nothing_is_loaded_and_no_script_runs(tmp_path: Path) -> None:
     page = written(report(run("a", 0.3)), tmp_path)
     for tag, attributes in page.tags:

@@ -34,7 +34,7 @@ _STYLE: Any = {
     "text.parse_math": False,  # a dollar sign in a label is a dollar sign
 }
 # A linear axis would press what is close to the posterior into a corner when another run is this many times farther
-_WIDE = 6.0
+_WIDE = 5.0
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,7 @@ def tradeoff_figure(
 
     def draw() -> Figure:
         points = [_way(one) for one in series]
-        own = posterior.get("kl_prior")
-        near = own.value if own is not None and _drawable(own) else 0.0
-        reached = [x for x, _ in (end for way in points for end in way[-1:])] if near else []
-        zoomed = _is_wide((estimate.value for estimate in reached), near)
+        zoomed = has_close_up(series, posterior)
         figure = Figure(figsize=(9.4 if zoomed else 6.6, 4.4), layout="constrained")
         all_axes = figure.subplots(1, 2 if zoomed else 1, squeeze=False)[0]
         for axes in all_axes:
@@ -159,11 +156,19 @@ def tradeoff_figure(
         if zoomed:
             all_axes[0].set_title("All runs", fontsize=11, loc="left", fontweight="bold")
             all_axes[1].set_title("Near the posterior", fontsize=11, loc="left", fontweight="bold")
-            all_axes[1].set_xlim(-0.2 * near, 2.4 * near)
+            all_axes[1].set_xlim(-0.2 * posterior["kl_prior"].value, 2.4 * posterior["kl_prior"].value)
         _legend(figure, all_axes[0])
         return figure
 
     return png(draw)
+
+
+def has_close_up(series: Sequence[Series], posterior: dict[str, Estimate]) -> bool:
+    """Whether [`tradeoff_figure`] shows the surroundings of the posterior enlarged: some run ends far beyond it."""
+    own = posterior.get("kl_prior")
+    if own is None or not _drawable(own) or not own.value:
+        return False
+    return _is_wide((kl.value for one in series for kl, _ in _way(one)[-1:]), own.value)
 
 
 def _way(one: Series) -> list[tuple[Estimate, Estimate]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .evaluate import Estimate, Evaluation
-from .figures import Panel, Series, learning_curves_figure, tradeoff_figure
+from .figures import Panel, Series, has_close_up, learning_curves_figure, tradeoff_figure
 
 
 if TYPE_CHECKING:
@@ -386,13 +386,14 @@ def _series(run: RunRecord) -> Series:
     return Series(run.label, [point.samples for point in points], metrics, last)
 
 
+def _reference_metrics(row: RunRecord | None) -> dict[str, Estimate]:
+    return row.evaluation.metrics if row is not None and row.evaluation is not None else {}
+
+
 def _figures(report: Report) -> dict[str, bytes]:
     """PNG files by name; a figure without a point to draw is left out."""
     series = [_series(run) for run in report.runs]
-    references = [
-        row.evaluation.metrics if row is not None and row.evaluation is not None else {}
-        for row in (report.posterior, report.prior)
-    ]
+    references = [_reference_metrics(row) for row in (report.posterior, report.prior)]
     figures = {}
     if any(one.metrics or one.last for one in series) or any(references):
         figures["reward_against_kl"] = tradeoff_figure(
@@ -439,14 +440,23 @@ def render(report: Report, figures: Sequence[Mapping[str, bytes]]) -> str:
 def _part(report: Report, figures: Mapping[str, bytes]) -> dict[str, Any]:
     """What the page shows of one problem."""
     with_settings = [run for run in report.runs if run.settings or run.seconds is not None]
+    names = dict.fromkeys(name for run in with_settings for name in run.settings)
+    own = [
+        name
+        for name in names
+        if any(run.settings.get(name) != with_settings[0].settings.get(name) for run in with_settings)
+    ]
+    shared = {name: with_settings[0].settings.get(name) for name in names if name not in own}
     return {
         "report": report,
+        "has_close_up": has_close_up([_series(run) for run in report.runs], _reference_metrics(report.posterior)),
         "figures": {name: base64.b64encode(png).decode("ascii") for name, png in figures.items()},
         "distances": tabulate(distance_columns(report), report.rows),
         "diversity": tabulate(DIVERSITY_COLUMNS, report.rows),
         "with_samples": [row for row in report.rows if row.samples],
         "with_settings": with_settings,
-        "setting_names": list(dict.fromkeys(name for run in with_settings for name in run.settings)),
+        "own_settings": own,
+        "shared_settings": shared | report.settings,
         "sample_sizes": [row for row in report.rows if row.evaluation is not None],
     }
 
