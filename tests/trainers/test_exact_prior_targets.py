@@ -1,4 +1,4 @@
-"""Targets that learn from prior samples, trained for real with 102,400 completions, end at their exact posteriors.
+"""Targets that learn from prior samples, trained for real with 51,200 completions or more, end at their posteriors.
 
 What a target learns from 2,000 prior samples a prompt is one approximation, what the trainer makes of it another. Both
 are in the distances here: they are to the posterior that enumeration gives, with the exact lambda, quantile or
@@ -43,6 +43,7 @@ pytestmark = pytest.mark.slow
 # 2,000 samples of 1,333 completions repeat themselves, which is said, and changes log Z by less than 0.01
 repeats = pytest.mark.filterwarnings("ignore:.* share their reward with another:UserWarning")
 LETTERS = letter_count_task()
+SHORT = {"max_steps": 200}  # 51,200 completions
 # No prompt ends with an "a": without a first token, a tiny Llama cannot tell "a" after "a" from "a a" after ""
 PLAIN_STARTS = replace(LETTERS, prompts=("c d", "d b c e", "b f", "c b"))
 
@@ -81,7 +82,9 @@ def moments(log_probs: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 def test_moments(trainer: Callable[..., Any], config: Callable[..., Any]) -> None:
     """Two features with prior rates 0.10 and 0.41, asked for half and half."""
     target = Moments({"starts_with_a": 0.5, "has_e": 0.5})
-    trained = train_on(PLAIN_STARTS, trainer, config, target, [starts_with_a, has_e], partition="prior_samples")
+    trained = train_on(
+        PLAIN_STARTS, trainer, config, target, [starts_with_a, has_e], partition="prior_samples", **SHORT
+    )
     before = moments(trained.log_prior, trained.rewards)
     assert before.tolist() == pytest.approx([0.1, 0.4], abs=0.02)
 
@@ -139,7 +142,13 @@ def test_infalign_oracle(name: str) -> None:
 def test_ctrl_trainer_with_its_defaults_of_the_paper(procedure: str, law: str) -> None:
     """100 prior samples calibrate each prompt's reward, as in the paper: coarser, and still better than `Phi = u`."""
     trained = train_on(
-        ranked_task(), CTRLTrainer, CTRLConfig, inference_procedure=procedure, kl_budget=0.5, num_prior_samples=100
+        ranked_task(),
+        CTRLTrainer,
+        CTRLConfig,
+        inference_procedure=procedure,
+        kl_budget=0.5,
+        num_prior_samples=100,
+        **SHORT,
     )
     rates = policy_rates(trained)
     column = {"best_of_n": "best_of_n", "worst_of_n": "worst_of_n"}[procedure]
@@ -163,20 +172,18 @@ def chi_squared_evidence(rewards: torch.Tensor, log_prior: torch.Tensor, beta: f
 
 
 @pytest.mark.parametrize(
-    ("beta", "trainer", "config", "settings"),
+    ("beta", "trainer", "config"),
     [
-        (2.0, KLRLTrainer, KLRLConfig, {}),  # no completion is given up: any divergence will do, once it may
-        (0.4, DPGTrainer, DPGConfig, {}),
-        (0.4, FDPGTrainer, FDPGConfig, {}),
+        (2.0, KLRLTrainer, KLRLConfig),  # no completion is given up: any divergence will do, once it may
+        (0.4, DPGTrainer, DPGConfig),
+        (0.4, FDPGTrainer, FDPGConfig),
     ],
 )
-def test_chi_squared(
-    beta: float, trainer: Callable[..., Any], config: Callable[..., Any], settings: dict[str, Any]
-) -> None:
+def test_chi_squared(beta: float, trainer: Callable[..., Any], config: Callable[..., Any]) -> None:
     target = ChiSquared(beta)
     if trainer is KLRLTrainer:
         target.hard = False
-    trained = train_on(LETTERS, trainer, config, target, partition="known", **settings)
+    trained = train_on(LETTERS, trainer, config, target, partition="known", **SHORT)
     phi = chi_squared_evidence(trained.rewards[:, 0], trained.log_prior, beta)
     fit = distance(trained, phi)
     assert fit.forward_kl <= 0.03
@@ -205,7 +212,7 @@ def test_log_sigmoid_centered() -> None:
     """Two rewards that must both be good, relative to what 15 % of the prior's completions exceed."""
     target = LogSigmoidCentered(gamma=0.5)
     trained = train_on(
-        ranked_task(), target=target, features=[position_of_letters, last_letter], partition="prior_samples"
+        ranked_task(), target=target, features=[position_of_letters, last_letter], partition="prior_samples", **SHORT
     )
     phi = torch.zeros_like(trained.log_prior)
     for rewards in trained.rewards.T:
@@ -221,7 +228,7 @@ def test_log_sigmoid_centered() -> None:
 @pytest.mark.parametrize("partition", ["running", "prior_samples"])
 def test_partition_of_prior_samples_reaches_the_posterior_as_the_running_one(partition: str) -> None:
     target: Target | dict[str, Any] = {"name": "tilt", "beta": 0.7}
-    trained = train_on(LETTERS, FDPGTrainer, FDPGConfig, target, partition=partition, max_steps=200)
+    trained = train_on(LETTERS, FDPGTrainer, FDPGConfig, target, partition=partition, **SHORT)
     fit = distance(trained, (trained.rewards[:, 0] / 0.7).expand_as(trained.log_prior))
     assert fit.forward_kl <= 0.02
     assert fit.reverse_kl <= 0.02
