@@ -1,4 +1,4 @@
-"""Build the embedded prior: a small language model of single-line Python statements.
+"""Build the embedded prior: a small language model of Python statements, whole or wrapped.
 
 Three stages, each deterministic given `--seed`, and each with a progress bar:
 
@@ -12,6 +12,8 @@ Without the package installed, put the repository's root on `PYTHONPATH`.
 """
 
 import ast
+import io
+import itertools
 import json
 import math
 import os
@@ -79,7 +81,8 @@ SIMPLE_STATEMENTS = (
 
 # A space belongs to the token before it, and not, as usual, to the one after it. So a prompt like "x = " is cut just
 # as the lines that begin with it were in training, and the model continues what it knows.
-PIECES = r"\w+ ?|[^\w\s]+ ?|\s+"
+# A backslash is always a token of its own.
+PIECES = r"\\|\w+ ?|[^\w\s\\]+ ?|\s+"
 
 
 @dataclass
@@ -102,8 +105,11 @@ class BuildPriorArguments:
     num_layers: int = field(default=3, metadata={"help": "Number of layers."})
     num_heads: int = field(default=6, metadata={"help": "Attention heads a layer."})
 
-    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the training lines."})
-    cut_share: float = field(default=0.75, metadata={"help": "Share of the lines that are cut at a random token."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training lines."})
+    max_tokens: int = field(default=10, metadata={"help": "Longest line that is read, in tokens of the model."})
+    continued_share: float = field(
+        default=0.5, metadata={"help": "Share of the lines that are broken off with a backslash at a random place."}
+    )
     max_steps: int = field(default=-1, metadata={"help": "Stop after so many steps instead, if positive."})
     batch_size: int = field(default=128, metadata={"help": "Lines a step."})
     learning_rate: float = field(
@@ -112,7 +118,7 @@ class BuildPriorArguments:
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
 
     num_samples: int = field(default=2000, metadata={"help": "Samples for each prompt in the evaluation."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Longest sample in tokens."})
+    max_new_tokens: int = field(default=12, metadata={"help": "Longest sample in tokens."})
 
     @property
     def output_path(self) -> Path:
@@ -221,6 +227,12 @@ def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> li
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(lines))["input_ids"]]
 
 
+def short_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str], max_tokens: int) -> list[str]:
+    """Lines of at most so many tokens, without <eos>."""
+    encoded = encode_lines(tokenizer, lines)
+    return [line for line, ids in zip(lines, encoded, strict=True) if len(ids) <= max_tokens + 2]
+
+
 def collate(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
     """Pad sequences on the right; the labels leave out the padding, but not the last <eos>, the same token."""
     length = max(map(len, sequences))
@@ -233,31 +245,48 @@ def collate(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def cut(sequence: Sequence[int], rng: random.Random) -> list[int]:
-    """End a line early: <eos>, one token or more but not all, <eos>."""
-    return [*sequence[: rng.randrange(2, len(sequence) - 1)], sequence[-1]] if len(sequence) > 3 else list(sequence)
+def continued_lines(statement: str) -> list[str]:
+    """What stands on the first line of a statement that goes on after a backslash: one line for each gap in it.
 
-
-def training_order(sequences: list[list[int]], args: BuildPriorArguments) -> list[list[int]]:
+    A gap is between two tokens of Python, so that the statement means the same with or without the break.
     """
-    What the model reads, batch after batch: all lines in each epoch, some of them cut, anew every time.
+    tokens = tokenize.generate_tokens(io.StringIO(statement).readline)
+    starts = [token.start[1] for token in tokens if token.string.strip()]
+    return [f"{statement[:start]}\\" for start in starts[1:]]
+
+
+def encode_continued(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> list[list[list[int]]]:
+    """Encode, for every line, each of its [`continued_lines`]."""
+    found = [continued_lines(line) for line in tqdm(lines, desc="Breaking lines", unit="line")]
+    encoded = iter(encode_lines(tokenizer, list(itertools.chain.from_iterable(found))))
+    return [list(itertools.islice(encoded, len(texts))) for texts in found]
+
+
+def training_order(
+    lines: list[list[int]], continued: list[list[list[int]]], args: BuildPriorArguments
+) -> list[list[int]]:
+    """
+    What the model reads, batch after batch: all lines in each epoch, some of them broken off, anew every time.
 
     Lines of one batch have similar lengths, since what pads them costs as much as they do.
     """
     rng = random.Random(args.seed)
     size = args.batch_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(sequences) / size)
-    batches: list[list[list[int]]] = []
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(lines) / size)
     rows: list[list[int]] = []
-    while len(batches) < steps:
-        epoch = [cut(row, rng) if rng.random() < args.cut_share else row for row in sequences]
+    while len(rows) < steps * size:
+        epoch = [
+            rng.choice(broken) if broken and rng.random() < args.continued_share else line
+            for line, broken in zip(lines, continued, strict=True)
+        ]
         rng.shuffle(epoch)
         rows += epoch
-        while len(rows) >= size and len(batches) < steps:
-            window, rows = sorted(rows[: 32 * size], key=len), rows[32 * size :]
-            similar = [window[i : i + size] for i in range(0, len(window) - size + 1, size)]
-            batches += rng.sample(similar, len(similar))
-    return [row for batch in batches[:steps] for row in batch]
+    batches: list[list[list[int]]] = []
+    for start in range(0, steps * size, 32 * size):
+        window = sorted(rows[start : min(start + 32 * size, steps * size)], key=len)
+        similar = [window[i : i + size] for i in range(0, len(window), size)]
+        batches += rng.sample(similar, len(similar))
+    return [row for batch in batches for row in batch]
 
 
 def make_model(args: BuildPriorArguments, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -282,14 +311,17 @@ def make_model(args: BuildPriorArguments, tokenizer: PreTrainedTokenizerBase) ->
 def train_model(
     args: BuildPriorArguments,
     tokenizer: PreTrainedTokenizerBase,
-    train_sequences: list[list[int]],
-    validation_sequences: list[list[int]],
+    train_lines: Sequence[str],
+    validation_lines: Sequence[str],
 ) -> tuple[LlamaForCausalLM, list[dict[str, float]]]:
     """Train the model; return it with the Trainer's log (validation loss after every fifth)."""
     set_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = make_model(args, tokenizer)
-    rows = training_order(train_sequences, args)
+    train_lines, validation_lines = (
+        short_lines(tokenizer, lines, args.max_tokens) for lines in (train_lines, validation_lines)
+    )
+    rows = training_order(encode_lines(tokenizer, train_lines), encode_continued(tokenizer, train_lines), args)
     pad_id = tokenizer.pad_token_id
     trainer = Trainer(
         model=model,
@@ -314,7 +346,7 @@ def train_model(
             remove_unused_columns=False,
         ),
         train_dataset=rows,
-        eval_dataset=validation_sequences,
+        eval_dataset=encode_lines(tokenizer, validation_lines),
         data_collator=lambda sequences: collate(sequences, pad_id),
     )
     trainer.train()
@@ -400,6 +432,9 @@ def evaluate(args: BuildPriorArguments) -> dict[str, Any]:
     if torch.cuda.is_available():
         model.cuda()
     train_lines, validation_lines = read_corpus(args, "train"), read_corpus(args, "validation")
+    short_train, short_validation = (
+        short_lines(tokenizer, lines, args.max_tokens) for lines in (train_lines, validation_lines)
+    )
     corpus = set(train_lines) | set(validation_lines)
     samples: dict[str, dict[str, Any]] = {}
     for prompt in tqdm(PROMPTS, desc="Sampling", unit="prompt"):
@@ -414,9 +449,10 @@ def evaluate(args: BuildPriorArguments) -> dict[str, Any]:
         }
     return {
         "lines": {"train": len(train_lines), "validation": len(validation_lines)},
+        "short_lines": {"train": len(short_train), "validation": len(short_validation)},
         "parameters": model.num_parameters(),
         "megabytes": round(sum(path.stat().st_size for path in args.output_path.glob("*.safetensors")) / 1e6, 2),
-        "validation_loss": validation_loss(model, encode_lines(tokenizer, validation_lines), tokenizer.pad_token_id),
+        "validation_loss": validation_loss(model, encode_lines(tokenizer, short_validation), tokenizer.pad_token_id),
         "num_samples": args.num_samples,
         "samples": samples,
     }
@@ -446,12 +482,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         train_lines = read_corpus(args, "train")
         tokenizer = train_tokenizer(train_lines, args.vocab_size)
-        model, log = train_model(
-            args,
-            tokenizer,
-            encode_lines(tokenizer, train_lines),
-            encode_lines(tokenizer, read_corpus(args, "validation")),
-        )
+        model, log = train_model(args, tokenizer, train_lines, read_corpus(args, "validation"))
         save_model(model, tokenizer, args)
         cpu = f"CPU, {torch.get_num_threads()} threads"
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu

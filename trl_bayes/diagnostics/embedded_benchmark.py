@@ -1,7 +1,8 @@
 """Trainers side by side on the embedded prior: lines of Python that parse, measured against exact samples.
 
 The target of all is the prior given that the line parses. Settings are those of `recipes/python_syntax`. KL-RL and
-TRL's trainers have no hard target: they maximise the reward, 0 or 1, with the KL penalty of `kl_rl.yaml`.
+TRL's trainers have no hard target: they maximise the reward, 0 or 1, with the KL penalty of `kl_rl.yaml`. TRL's losses
+have scales of their own, so that they get Adam, whose steps do not depend on the scale, and not plain gradients.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from .samples import log_probs
 
 PROBLEM = "python-lines"
 _POSTERIOR_SAMPLES = 200  # of each prompt: a policy is scored at them, again and again for its curve
+_ADAM = {"optim": "adamw_torch", "learning_rate": 4e-4, "adam_beta2": 0.99, "max_grad_norm": 1.0}
 _METRICS = ("reward", "forward_kl", "total_variation", "kl_prior")
 
 
@@ -60,16 +62,16 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def methods() -> list[Method]:
-    """The trainers, each with the settings of its recipe; TRL's have those of KL-RL."""
+    """The trainers, each with the settings of its recipe; TRL's have those of KL-RL, and Adam."""
 
-    def method(name: str, trainer: Callable[..., Any], config: Any, recipe_name: str) -> Method:
+    def method(name: str, trainer: Callable[..., Any], config: Any, recipe_name: str, **other: Any) -> Method:
         known = {field.name for field in dataclasses.fields(config)}
         settings = {key: value for key, value in recipe(recipe_name).items() if key in known}
-        return Method(name, trainer, config, settings)
+        return Method(name, trainer, config, settings | other)
 
     return [
-        method("TRL GRPOTrainer", GRPOTrainer, GRPOConfig, "kl_rl"),
-        method("TRL RLOOTrainer", RLOOTrainer, RLOOConfig, "kl_rl"),
+        method("TRL GRPOTrainer", GRPOTrainer, GRPOConfig, "kl_rl", **_ADAM),
+        method("TRL RLOOTrainer", RLOOTrainer, RLOOConfig, "kl_rl", **_ADAM),
         method("KLRLTrainer", KLRLTrainer, KLRLConfig, "kl_rl"),
         method("DPGTrainer", DPGTrainer, DPGConfig, "dpg"),
         method("FDPGTrainer jensen_shannon", FDPGTrainer, FDPGConfig, "f_dpg"),
