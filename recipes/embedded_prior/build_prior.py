@@ -1,4 +1,4 @@
-"""Build the embedded prior: a small language model of Python statements, whole or wrapped.
+"""Build the embedded prior: a small language model of Python statements, whole or broken off.
 
 Three stages, each deterministic given `--seed`, and each with a progress bar:
 
@@ -281,9 +281,10 @@ def training_order(
         ]
         rng.shuffle(epoch)
         rows += epoch
+    del rows[steps * size :]
     batches: list[list[list[int]]] = []
-    for start in range(0, steps * size, 32 * size):
-        window = sorted(rows[start : min(start + 32 * size, steps * size)], key=len)
+    for start in range(0, len(rows), 32 * size):
+        window = sorted(rows[start : start + 32 * size], key=len)
         similar = [window[i : i + size] for i in range(0, len(window), size)]
         batches += rng.sample(similar, len(similar))
     return [row for batch in batches for row in batch]
@@ -318,9 +319,6 @@ def train_model(
     set_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = make_model(args, tokenizer)
-    train_lines, validation_lines = (
-        short_lines(tokenizer, lines, args.max_tokens) for lines in (train_lines, validation_lines)
-    )
     rows = training_order(encode_lines(tokenizer, train_lines), encode_continued(tokenizer, train_lines), args)
     pad_id = tokenizer.pad_token_id
     trainer = Trainer(
@@ -480,9 +478,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.stage in ("all", "train"):
         start = time.perf_counter()
-        train_lines = read_corpus(args, "train")
-        tokenizer = train_tokenizer(train_lines, args.vocab_size)
-        model, log = train_model(args, tokenizer, train_lines, read_corpus(args, "validation"))
+        splits = [read_corpus(args, split) for split in ("train", "validation")]
+        tokenizer = train_tokenizer(splits[0], args.vocab_size)
+        model, log = train_model(
+            args, tokenizer, *(short_lines(tokenizer, lines, args.max_tokens) for lines in splits)
+        )
         save_model(model, tokenizer, args)
         cpu = f"CPU, {torch.get_num_threads()} threads"
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu

@@ -437,16 +437,23 @@ def render(report: Report, figures: Sequence[Mapping[str, bytes]]) -> str:
     return environment.get_template("report.html.j2").render(title=report.title, parts=parts)
 
 
+def _split_settings(settings: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """Names of what differs between runs, and what is the same in all of them."""
+    own: list[str] = []
+    shared: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in settings for name in each):
+        first, *others = (each.get(name) for each in settings)
+        if all(value == first for value in others):
+            shared[name] = first
+        else:
+            own.append(name)
+    return own, shared
+
+
 def _part(report: Report, figures: Mapping[str, bytes]) -> dict[str, Any]:
     """What the page shows of one problem."""
     with_settings = [run for run in report.runs if run.settings or run.seconds is not None]
-    names = dict.fromkeys(name for run in with_settings for name in run.settings)
-    own = [
-        name
-        for name in names
-        if any(run.settings.get(name) != with_settings[0].settings.get(name) for run in with_settings)
-    ]
-    shared = {name: with_settings[0].settings.get(name) for name in names if name not in own}
+    own, shared = _split_settings([run.settings for run in with_settings])
     return {
         "report": report,
         "has_close_up": has_close_up([_series(run) for run in report.runs], _reference_metrics(report.posterior)),
