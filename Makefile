@@ -62,5 +62,5 @@ test-fast: $(INSTALLED) ## the tests that are not marked slow
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ from trl_bayes.diagnostics.tiny import letter_count_task
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
+EXTENSIONS = ROOT / ".cache" / "torch_extensions"  # of this checkout: no other program's build can hold its lock
 BACKENDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 SCRIPTED = ("kl_rl", "f_dpg", "dpg", "tb", "dpg_replay", "lora", "calibrated")
 COMPARED = (*SCRIPTED, "bf16")
@@ -84,6 +85,7 @@ def run_and_wait(command: list[str], log: Path, seconds: float, **settings: Any)
     """Runs a command to its end, or to that of its time: then it is killed with all that it has started."""
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *settings.pop("python_path", [])])}
+    own |= {"TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
     own |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}  # ninja
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRL_BAYES"))}
     with log.open("w") as output:
@@ -152,10 +154,17 @@ def models(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def deepspeed_is_built(shared: Path) -> None:
-    """DeepSpeed compiles its communication for CPUs once on a machine, which takes a minute."""
+    """DeepSpeed compiles its communication for CPUs once in a checkout, which takes a minute.
+
+    torch's own lock is a file that a killed build leaves behind, and for which every later build waits for ever: here
+    builds are kept apart by a lock that ends with its process, so that a lock found after it is a dead one's.
+    """
     folder = shared / "deepspeed"
-    with once(folder) as is_first:
+    EXTENSIONS.mkdir(parents=True, exist_ok=True)
+    with once(folder) as is_first, FileLock(f"{EXTENSIONS}.lock"):
         if is_first:
+            for left_behind in EXTENSIONS.glob("*/lock"):
+                left_behind.unlink()
             build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
             finished = run_and_wait([sys.executable, "-c", build], folder / "log", seconds=400)
             assert finished.returncode == 0, finished.tail()
