@@ -194,6 +194,18 @@ def test_several_rewards_and_a_target_that_learns(recipe: dict[str, Any]) -> Non
     assert report.problem["prompts"] == "the first 2 of 4" and report.reward_label == "sum of rewards"
 
 
+@pytest.mark.parametrize("target", [{"name": "tilt", "beta": 1.0}, {"name": "constraint", "rewards": "has_a"}])
+def test_the_reward_is_weighted_as_in_training(recipe: dict[str, Any], target: dict[str, Any]) -> None:
+    """For posteriors by importance sampling and by rejection; each reward alone is as its function returns it."""
+    recipe |= {"reward_funcs": [f"{MODULE}.has_a", f"{MODULE}.balance"], "target": target}
+    report = evaluate(recipe | {"reward_weights": [1.0, -0.5]})
+    assert report.reward_label == "weighted sum of rewards" and not report.reward_is_share
+    for row in ("posterior", "prior", "policy"):
+        of_row = metrics(report, row)
+        has_a, balance = of_row["reward/has_a"].value, of_row["reward/balance"].value
+        assert of_row["reward"].value == pytest.approx(has_a - 0.5 * balance) and abs(balance) > 0.05
+
+
 def test_the_prior_may_be_another_than_the_model_that_training_starts_from(
     recipe: dict[str, Any], models: dict[str, str]
 ) -> None:

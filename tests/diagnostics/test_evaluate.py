@@ -435,8 +435,14 @@ def test_with_models(tmp_path: Any) -> None:
 
 def test_several_rewards() -> None:
     rewards = torch.tensor([[1.0, 2.0], [3.0, math.nan], [math.nan, math.nan]])
-    metrics = ev._rewards(["a", "b"], rewards, torch.zeros(3, dtype=torch.int64), 1)
-    assert {name: estimate.value for name, estimate in metrics.items()} == {"reward": 3, "reward/a": 2, "reward/b": 2}
+    columns = ev._reward_columns(["a", "b"], None, rewards)
+    assert {name: column.nanmean().item() for name, column in columns.items()} == {
+        "reward": 3,
+        "reward/a": 2,
+        "reward/b": 2,
+    }
+    weighted = ev._reward_columns(["a", "b"], torch.tensor([1.0, -0.5]), rewards)
+    assert weighted["reward"][:2].tolist() == [0, 3] and weighted["reward"][2].isnan()
 
 
 def test_as_many_samples_of_each_prompt() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from ..diagnostics.report import (
     RunRecord,
     choose_lines,
     distance_columns,
+    reward_columns,
     tabulate,
     write_evaluation,
 )
@@ -314,20 +316,21 @@ def _valid(posterior: Posterior, scored: Scored) -> torch.Tensor | None:
 
 
 def _is_share(posterior: Posterior) -> bool:
-    """Whether there is one reward, of 0 or 1."""
+    """Whether the reward is one of 0 or 1."""
     rewards = posterior.prior.scored.rewards
-    return rewards.size(1) == 1 and bool(((rewards == 0) | (rewards == 1)).all())
+    return rewards.size(1) == 1 and posterior.reward_weights is None and bool(((rewards == 0) | (rewards == 1)).all())
 
 
 def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
     problem, args = job.problem, job.args
     names = problem.reward_names
+    target = repr(problem.target)
     ess = posterior.partition.effective_samples
     of_prior = evaluate_prior(posterior, diversity=args.diversity)
     of_posterior = evaluate_posterior(posterior, diversity=args.diversity)
     how = "exact" if posterior.method == "rejection" else "weighted prior samples"
     return Report(
-        title=f"{len(runs)} {'policies' if len(runs) > 1 else 'policy'} against the posterior of {problem.target!r}",
+        title=f"{len(runs)} {'policies' if len(runs) > 1 else 'policy'} against the posterior of {_rounded(target)}",
         intro=(
             "Each policy is compared with the posterior, which is the prior updated by the evidence, through samples "
             "of the prior, of the posterior and of the policy itself."
@@ -335,7 +338,7 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
         problem={
             "prior": args.prior_model_name_or_path or str(job.model.model_name_or_path),
             "rewards": ", ".join(names),
-            "target": repr(problem.target),
+            "target": target,
             "prompts": _prompts_in_words(problem),
             "longest completion": f"{args.max_completion_length} tokens",
             "temperature": str(args.temperature),
@@ -344,7 +347,7 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
         prior=_record("prior", of_prior, posterior, posterior.prior.scored),
         runs=runs,
         hard=posterior.target.hard,
-        reward_label=f"mean {names[0]}" if len(names) == 1 else "sum of rewards",
+        reward_label=_reward_label(names, args.reward_weights),
         reward_is_share=_is_share(posterior),
         valid_label="has the evidence" if posterior.target.hard else "rewarded",
         invalid_label="does not" if posterior.target.hard else "not rewarded",
@@ -362,6 +365,17 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
     )
 
 
+def _rounded(text: str) -> str:
+    """A text whose long numbers are cut to four digits, for a heading."""
+    return re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4g}", text)
+
+
+def _reward_label(names: list[str], weights: list[float] | None) -> str:
+    if weights is not None:
+        return "weighted reward" if len(names) == 1 else "weighted sum of rewards"
+    return f"mean {names[0]}" if len(names) == 1 else "sum of rewards"
+
+
 def _prompts_in_words(problem: Problem) -> str:
     number, of = len(problem.rows), problem.num_rows
     return f"{number:,}" if of in (None, number) else f"the first {number:,} of {of:,}"
@@ -373,8 +387,7 @@ def _prompts_in_words(problem: Problem) -> str:
 
 def results_table(report: Report) -> Table:
     """Every metric of every model, with its standard error; what cannot be trusted has no number."""
-    columns = [_LOG_Z, *distance_columns(report), *DIVERSITY_COLUMNS]
-    metrics = tabulate(columns, report.rows)
+    metrics = tabulate(_columns(report), report.rows)
     table = Table(title=f"{report.title}\nprompts: {report.problem['prompts']}; distances and entropy in nats")
     table.add_column("")
     for row, _ in metrics.rows:
@@ -385,13 +398,17 @@ def results_table(report: Report) -> Table:
     return table
 
 
+def _columns(report: Report) -> list[Column]:
+    return [_LOG_Z, *distance_columns(report), *reward_columns(report), *DIVERSITY_COLUMNS]
+
+
 def _mark(footnote: int | None) -> str:
     return "" if footnote is None else f" [{footnote}]".replace("[", "\\[")
 
 
 def notes(report: Report) -> list[str]:
     """What the footnotes of the table say, and what holds for whole rows."""
-    footnotes = tabulate([_LOG_Z, *distance_columns(report), *DIVERSITY_COLUMNS], report.rows).footnotes
+    footnotes = tabulate(_columns(report), report.rows).footnotes
     numbered = [f"\\[{number}] {note}" for number, note in enumerate(footnotes, start=1)]
     of_rows = dict.fromkeys(row.evaluation.note for row in report.rows if row.evaluation and row.evaluation.note)
     return numbered + list(of_rows)

@@ -487,6 +487,7 @@ class Posterior:
             from, since it depends on the number.
         pass_at (`tuple[int, ...]`): k of each pass@k to measure.
         note (`str`): what to know about them.
+        reward_weights (`torch.Tensor`, *optional*): (K,) of the sum that is reported as the reward.
     """
 
     prior: PriorReference
@@ -500,6 +501,7 @@ class Posterior:
     diversity_per_prompt: Tensor
     pass_at: tuple[int, ...] = ()
     note: str = ""
+    reward_weights: Tensor | None = None
 
     @property
     def points(self) -> Scored:
@@ -527,7 +529,8 @@ class Evaluation:
 
     Attributes:
         name (`str`): of the policy.
-        metrics (`dict[str, Estimate]`): `reward` (and `reward/<name>` where there are several), `kl_prior`,
+        metrics (`dict[str, Estimate]`): `reward`, the weighted sum (and `reward/<name>` where there are several, as
+            they are), `kl_prior`,
             `forward_kl`, `reverse_kl`, `total_variation`, `entropy`, `log_z`; with a hard target `reverse_kl_inside`
             and `mass_outside`; `pass_at_<k>` (and `pass_at_<k>/<name>`) for rewards of 0 and 1; and the diversity.
         num_samples (`int`): of the policy.
@@ -681,6 +684,7 @@ def condition(
         per_prompt,
         tuple(pass_at),
         _joint(*notes),
+        reward_weights,
     )
 
 
@@ -786,7 +790,7 @@ def measure(
     index = scored.samples.prompt_index
     at_policy = (scored.log_policy[known], scored.log_prior[known], phi[known], index[known])
     metrics = {
-        **_rewards(posterior.prior.reward_names, scored.rewards, index, num_prompts),
+        **_rewards(posterior, scored.rewards, index),
         "kl_prior": stratified_mean(scored.log_policy - scored.log_prior, index, num_prompts),
         **_distances_over_posterior(posterior, log_policy_at_posterior),
         "reverse_kl": reverse_kl(*at_policy, z),
@@ -883,7 +887,7 @@ def _exact_row(posterior: Posterior) -> dict[str, Estimate]:
     names, index = posterior.prior.reward_names, exact.samples.prompt_index
     information = _minus_log_z(_means(exact.log_prior + posterior.exact_phi, index, num_prompts), z)
     return {
-        **_rewards(names, exact.rewards, index, num_prompts),
+        **_rewards(posterior, exact.rewards, index),
         "kl_prior": _minus_log_z(_means(posterior.exact_phi, index, num_prompts), z),
         "entropy": information._replace(value=-information.value),
         **pass_at_k_estimates(exact.rewards, names, index, num_prompts, posterior.pass_at),
@@ -894,7 +898,7 @@ def _weighted_row(posterior: Posterior) -> dict[str, Estimate]:
     """The same by importance sampling, but for pass@k, which has no unbiased estimate from weighted samples."""
     prior, phi, z = posterior.prior.scored, posterior.phi, posterior.partition
     index = prior.samples.prompt_index
-    columns = _reward_columns(posterior.prior.reward_names, prior.rewards)
+    columns = _reward_columns(posterior.prior.reward_names, posterior.reward_weights, prior.rewards)
 
     def minus_log_z(values: Tensor) -> Estimate:
         return _weighted_average(_weighted_means(values, phi, index, z, -1.0), z, minus_log_z=True)
@@ -907,18 +911,18 @@ def _weighted_row(posterior: Posterior) -> dict[str, Estimate]:
     }
 
 
-def _rewards(names: Sequence[str], rewards: Tensor, prompt_index: Tensor, num_prompts: int) -> dict[str, Estimate]:
+def _rewards(posterior: Posterior, rewards: Tensor, prompt_index: Tensor) -> dict[str, Estimate]:
     """The mean of the sum of the rewards, and of each if there are several; without those that are missing."""
     return {
-        name: stratified_mean(column[~column.isnan()], prompt_index[~column.isnan()], num_prompts)
-        for name, column in _reward_columns(names, rewards).items()
+        name: stratified_mean(column[~column.isnan()], prompt_index[~column.isnan()], posterior.prior.num_prompts)
+        for name, column in _reward_columns(posterior.prior.reward_names, posterior.reward_weights, rewards).items()
     }
 
 
-def _reward_columns(names: Sequence[str], rewards: Tensor) -> dict[str, Tensor]:
-    """The sum of the rewards (N,), and each if there are several; NaN where missing."""
-    unscored = rewards.isnan().all(dim=1)
-    columns = {"reward": rewards.nansum(dim=1).masked_fill(unscored, torch.nan)}
+def _reward_columns(names: Sequence[str], weights: Tensor | None, rewards: Tensor) -> dict[str, Tensor]:
+    """The weighted sum of the rewards (N,), as trainers log it, and each if there are several; NaN where missing."""
+    weighted = rewards if weights is None else rewards * weights.to(rewards)
+    columns = {"reward": weighted.nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)}
     if len(names) > 1:
         columns.update({f"reward/{name}": rewards[:, k] for k, name in enumerate(names)})
     return columns

@@ -293,7 +293,7 @@ def tabulate(columns: Sequence[Column], rows: Sequence[RunRecord]) -> MetricTabl
 
 
 def distance_columns(report: Report) -> list[Column]:
-    """Rewards, distances and entropy; with a hard target, KL(π‖p) inside its support in place of an infinity."""
+    """The reward, distances and entropy; with a hard target, KL(π‖p) inside its support in place of an infinity."""
     inside = [
         Column(
             "reverse_kl_inside",
@@ -319,7 +319,6 @@ def distance_columns(report: Report) -> list[Column]:
     ]
     return [
         Column("reward", report.reward_label, "The reward, averaged over completions.", report.reward_is_share),
-        *_reward_columns(report),
         Column(
             "kl_prior",
             "KL(π‖π₀)",
@@ -347,14 +346,16 @@ def distance_columns(report: Report) -> list[Column]:
     ]
 
 
-def _reward_columns(report: Report) -> list[Column]:
-    """Each reward where there are several, and pass@k."""
+def reward_columns(report: Report) -> list[Column]:
+    """Each reward where there are several, and pass@k: in a table of their own, since they may be many."""
     names = list(dict.fromkeys(name for row in report.rows if row.evaluation for name in row.evaluation.metrics))
     columns = []
     for name in names:
         kind, _, reward = name.partition("/")
         if kind == "reward" and reward:
-            columns.append(Column(name, reward, f"The reward {reward}, averaged over completions."))
+            columns.append(
+                Column(name, reward, f"The reward {reward}, without its weight, averaged over completions.")
+            )
         if kind.startswith("pass_at_"):
             k = kind.removeprefix("pass_at_")
             of = f" by {reward}" if reward else ""
@@ -459,7 +460,9 @@ def _part(report: Report, figures: Mapping[str, bytes]) -> dict[str, Any]:
         "has_close_up": has_close_up([_series(run) for run in report.runs], _reference_metrics(report.posterior)),
         "figures": {name: base64.b64encode(png).decode("ascii") for name, png in figures.items()},
         "distances": tabulate(distance_columns(report), report.rows),
+        "rewards": tabulate(reward_columns(report), report.rows),
         "diversity": tabulate(DIVERSITY_COLUMNS, report.rows),
+        "has_curves": any(run.curve for run in report.runs),
         "with_samples": [row for row in report.rows if row.samples],
         "with_settings": with_settings,
         "own_settings": own,
