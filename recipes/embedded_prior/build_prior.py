@@ -1,4 +1,4 @@
-"""Build the embedded prior: a small language model of Python statements, whole or broken off.
+"""Build the embedded prior: a small language model of Python statements, half of them with a backslash behind.
 
 Three stages, each deterministic given `--seed`, and each with a progress bar:
 
@@ -12,8 +12,6 @@ Without the package installed, put the repository's root on `PYTHONPATH`.
 """
 
 import ast
-import io
-import itertools
 import json
 import math
 import os
@@ -105,10 +103,10 @@ class BuildPriorArguments:
     num_layers: int = field(default=3, metadata={"help": "Number of layers."})
     num_heads: int = field(default=6, metadata={"help": "Attention heads a layer."})
 
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training lines."})
+    num_train_epochs: float = field(default=12.0, metadata={"help": "Passes over the training lines."})
     max_tokens: int = field(default=10, metadata={"help": "Longest line that is read, in tokens of the model."})
     continued_share: float = field(
-        default=0.5, metadata={"help": "Share of the lines that are broken off with a backslash at a random place."}
+        default=0.5, metadata={"help": "Share of the lines that end in a backslash, as if the statement went on."}
     )
     max_steps: int = field(default=-1, metadata={"help": "Stop after so many steps instead, if positive."})
     batch_size: int = field(default=128, metadata={"help": "Lines a step."})
@@ -245,28 +243,9 @@ def collate(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def continued_lines(statement: str) -> list[str]:
-    """What stands on the first line of a statement that goes on after a backslash: one line for each gap in it.
-
-    A gap is between two tokens of Python, so that the statement means the same with or without the break.
+def training_order(lines: list[list[int]], backslash: int, args: BuildPriorArguments) -> list[list[int]]:
     """
-    tokens = tokenize.generate_tokens(io.StringIO(statement).readline)
-    starts = [token.start[1] for token in tokens if token.string.strip()]
-    return [f"{statement[:start]}\\" for start in starts[1:]]
-
-
-def encode_continued(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> list[list[list[int]]]:
-    """Encode, for every line, each of its [`continued_lines`]."""
-    found = [continued_lines(line) for line in tqdm(lines, desc="Breaking lines", unit="line")]
-    encoded = iter(encode_lines(tokenizer, list(itertools.chain.from_iterable(found))))
-    return [list(itertools.islice(encoded, len(texts))) for texts in found]
-
-
-def training_order(
-    lines: list[list[int]], continued: list[list[list[int]]], args: BuildPriorArguments
-) -> list[list[int]]:
-    """
-    What the model reads, batch after batch: all lines in each epoch, some of them broken off, anew every time.
+    What the model reads, batch after batch: all lines in each epoch, some with a backslash behind, anew every time.
 
     Lines of one batch have similar lengths, since what pads them costs as much as they do.
     """
@@ -275,10 +254,7 @@ def training_order(
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(lines) / size)
     rows: list[list[int]] = []
     while len(rows) < steps * size:
-        epoch = [
-            rng.choice(broken) if broken and rng.random() < args.continued_share else line
-            for line, broken in zip(lines, continued, strict=True)
-        ]
+        epoch = [[*line[:-1], backslash, line[-1]] if rng.random() < args.continued_share else line for line in lines]
         rng.shuffle(epoch)
         rows += epoch
     del rows[steps * size :]
@@ -319,7 +295,8 @@ def train_model(
     set_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = make_model(args, tokenizer)
-    rows = training_order(encode_lines(tokenizer, train_lines), encode_continued(tokenizer, train_lines), args)
+    backslash = tokenizer.convert_tokens_to_ids("\\")
+    rows = training_order(encode_lines(tokenizer, train_lines), backslash, args)
     pad_id = tokenizer.pad_token_id
     trainer = Trainer(
         model=model,

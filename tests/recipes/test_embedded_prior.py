@@ -1,6 +1,5 @@
 """The recipe of the embedded prior, end to end on a tiny corpus: what it builds, and that it builds the same again."""
 
-import ast
 import importlib.util
 import json
 import sys
@@ -155,48 +154,33 @@ def test_the_labels_keep_the_last_eos_and_drop_the_padding(recipe):
     assert batch["input_ids"].tolist() == [[0, 5, 0, 0, 0], [0, 5, 6, 7, 0]]
 
 
-@pytest.mark.parametrize(
-    ("statement", "broken"),
-    [
-        ("f(a, 'b c')", ["f", "f(", "f(a", "f(a, ", "f(a, 'b c'"]),  # never inside a string
-        ("import os", ["import "]),
-        ("pass", []),
-    ],
-)
-def test_a_statement_is_broken_off_between_two_tokens(recipe, statement, broken):
-    lines = recipe.continued_lines(statement)
-    assert lines == [f"{start}\\" for start in broken]
-    assert parses([""] * len(lines), lines) == [0.0] * len(lines)
-    for line, start in zip(lines, broken, strict=True):  # what follows on the next line makes it whole
-        whole = ast.dump(ast.parse(f"{line}\n{statement[len(start) :]}"))
-        assert whole == ast.dump(ast.parse(statement))
-
-
 def test_a_backslash_is_a_token_of_its_own(built):
+    """So that putting its token behind those of a statement is the same as encoding the line with it."""
     tokenizer = AutoTokenizer.from_pretrained(built)
-    whole, broken = (tokenizer(line)["input_ids"] for line in ("import json, os", "import json, \\"))
-    assert broken[:-1] == whole[: len(broken) - 1]
-    assert tokenizer.convert_ids_to_tokens(broken[-1]) == "\\"
+    whole, continued = (tokenizer(line)["input_ids"] for line in ("import json, os", "import json, os\\"))
+    assert continued == [*whole, tokenizer.convert_tokens_to_ids("\\")]
+    assert parses(["", ""], ["import json, os", "import json, os\\"]) == [1.0, 0.0]
 
 
 def test_every_epoch_reads_every_line_once(recipe):
     lines = [[0, *([number] * (2 + number % 7)), 0] for number in range(1, 129)]
-    continued = [[[0, number, 0]] if number % 2 else [] for number in range(1, 129)]
     args = recipe.BuildPriorArguments(output_dir="", batch_size=2, num_train_epochs=2, continued_share=0.5)
-    order = recipe.training_order(lines, continued, args)
+    order = recipe.training_order(lines, 999, args)
     assert len(order) == 256
     for epoch in (order[:128], order[128:]):
         assert sorted(row[1] for row in epoch) == list(range(1, 129))
     assert order[:128] != order[128:]
-    assert all(row in (lines[row[1] - 1], *continued[row[1] - 1]) for row in order)
-    share = sum(len(row) == 3 for row in order) / 128
-    assert abs(share - 0.5) < 0.2  # 4.5 standard errors
+    for row in order:
+        whole = lines[row[1] - 1]
+        assert row in (whole, [*whole[:-1], 999, 0])
+    share = sum(999 in row for row in order) / 256
+    assert abs(share - 0.5) < 0.14  # 4.5 standard errors
     batches = [order[start : start + 2] for start in range(0, 256, 2)]
     padded = sum(2 * max(map(len, batch)) for batch in batches)
     assert padded < 1.2 * sum(map(len, order))
     assert [len(batch[0]) for batch in batches] != sorted(len(batch[0]) for batch in batches)
     args.continued_share, args.max_steps = 0.0, 5
-    short = recipe.training_order(lines, continued, args)
+    short = recipe.training_order(lines, 999, args)
     assert len(short) == 10 and all(row == lines[row[1] - 1] for row in short)
 
 

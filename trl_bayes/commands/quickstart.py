@@ -375,7 +375,7 @@ def _report(args: QuickstartArguments, exact: Posterior, runs: list[RunRecord]) 
         title="trl_bayes quickstart: lines of Python that parse",
         intro=INTRO,
         problem={
-            "prior": "a language model of Python statements, half of them broken off with a backslash",
+            "prior": "a language model of Python statements, half of them with a backslash behind",
             "evidence": "1 if the completed line parses as one Python statement, else 0",
             "prompts": ", ".join(repr(prompt) for prompt in drawn.samples.prompts),
             "longest completion": f"{exact.prior.settings['max_new_tokens']} tokens",

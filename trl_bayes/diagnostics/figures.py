@@ -230,7 +230,9 @@ def _draw_reference(
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(3, len(handles)))
+        rows = math.ceil(len(handles) / 4)
+        columns = math.ceil(len(handles) / rows)  # so that the rows are about as long
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns)
 
 
 def learning_curves_figure(series: Sequence[Series], panels: Sequence[Panel]) -> bytes:
