@@ -167,6 +167,10 @@ def test_invalid_samples_are_marked_not_by_colour_alone(tmp_path: Path) -> None:
     marks = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("class") == "mark"]
     assert marks == ["valid", "not valid"]
     assert "✓" in page.texts and "✗" in page.texts
+    without = run("a", 0.3)
+    without.samples = [SampleLine("x = ", "f(1)")]
+    unmarked = written(report(without), tmp_path)
+    assert "✗" not in unmarked.text and "not chosen" in unmarked.text  # nor is a mark explained
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, None, 0.0, -0.2, 1e9])

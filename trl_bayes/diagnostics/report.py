@@ -463,6 +463,7 @@ def _part(report: Report, figures: Mapping[str, bytes]) -> dict[str, Any]:
         "rewards": tabulate(reward_columns(report), report.rows),
         "diversity": tabulate(DIVERSITY_COLUMNS, report.rows),
         "has_curves": any(run.curve for run in report.runs),
+        "has_marks": any(line.valid is not None for row in report.rows for line in row.samples),
         "with_samples": [row for row in report.rows if row.samples],
         "with_settings": with_settings,
         "own_settings": own,
