@@ -529,10 +529,10 @@ class Evaluation:
 
     Attributes:
         name (`str`): of the policy.
-        metrics (`dict[str, Estimate]`): `reward`, the weighted sum (and `reward/<name>` where there are several, as
-            they are), `kl_prior`,
-            `forward_kl`, `reverse_kl`, `total_variation`, `entropy`, `log_z`; with a hard target `reverse_kl_inside`
-            and `mass_outside`; `pass_at_<k>` (and `pass_at_<k>/<name>`) for rewards of 0 and 1; and the diversity.
+        metrics (`dict[str, Estimate]`): `reward`, the weighted sum (and `reward/<name>` where there are several, each
+            without its weight), `kl_prior`, `forward_kl`, `reverse_kl`, `total_variation`, `entropy`, `log_z`; with a
+            hard target `reverse_kl_inside` and `mass_outside`; `pass_at_<k>` (and `pass_at_<k>/<name>`) for rewards of
+            0 and 1; and the diversity.
         num_samples (`int`): of the policy.
         num_posterior_samples, num_prior_samples (`int`): of the reference; those of the posterior are the prior's with
             any weight where averages are weighted.
