@@ -135,6 +135,15 @@ def test_a_proposal_a_target_with_arguments_and_flags_that_beat_the_recipe(
     assert rows["log_evidence"] == [reward[1] / 0.5 for reward in rows["rewards"]]
 
 
+def test_the_mean_reward_is_weighted(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """All samples of this posterior have an "a", so that has_a is 1."""
+    recipe |= {"reward_funcs": [f"{MODULE}.has_a", f"{MODULE}.count_a"], "reward_weights": [10.0, -0.5]}
+    sample(recipe | {"target": {"name": "constraint", "rewards": "has_a"}})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "mean reward" in line]
+    counts = [count for _, count in load_dataset("out")["train"]["rewards"]]
+    assert float(line.split("│")[2]) == pytest.approx(10 - 0.5 * sum(counts) / len(counts), rel=1e-3)
+
+
 def test_a_training_recipe_is_read_as_it_is(recipe: dict[str, Any], models: dict[str, str]) -> None:
     """Its prior is sampled, which need not be the model that training starts from, and its folder is left alone."""
     training = recipe | {"model_name_or_path": models["policy"], "prior_model_name_or_path": models["prior"]}

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from trl import DatasetMixtureConfig, ModelConfig
@@ -17,6 +18,7 @@ from ..assets import embedded_path
 from ..samplers import METHODS, Draws, Method, Sampler, SamplingError
 from ..samplers.base import at_least
 from ..targets import build_target
+from ..targets.base import weighted_sum
 from .parser import RecipeParser
 from .problem import (
     PosteriorArguments,
@@ -148,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     write(job, draws)
     console = Console()
-    console.print(table(draws))
+    console.print(table(draws, job.problem.reward_weights))
     if "trade_off" in draws.diagnostics:
         console.print(trade_off_table(draws.diagnostics["trade_off"]))
     console.print(f"Samples: {job.folder / DATA}\nDiagnostics: {job.folder / DIAGNOSTICS}", soft_wrap=True)
@@ -232,15 +234,15 @@ def write(job: Job, draws: Draws) -> None:
     (job.folder / DIAGNOSTICS).write_text(text + "\n", encoding="utf-8")
 
 
-def table(draws: Draws) -> Table:
-    """The diagnostics that are numbers, and the mean reward."""
+def table(draws: Draws, reward_weights: torch.Tensor | None = None) -> Table:
+    """The diagnostics that are numbers, and the mean of the weighted reward."""
     shown = Table(title=f"{draws.diagnostics['method']}: {len(draws):,} samples of {len(draws.prompts):,} prompts")
     shown.add_column("")
     shown.add_column("value", justify="right")
     for name, value in draws.diagnostics.items():
         if text := _cell(value):
             shown.add_row(name.replace("_", " "), text)
-    shown.add_row("mean reward", _cell(draws.rewards.nansum(dim=1).mean().item()))
+    shown.add_row("mean reward", _cell(weighted_sum(draws.rewards, reward_weights).nanmean().item()))
     return shown
 
 

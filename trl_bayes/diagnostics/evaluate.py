@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..targets import Constraint, Context, PriorScores, Target
+from ..targets.base import weighted_sum
 from .diversity import distinct_n, jackknife_standard_error, self_bleu, share_distinct
 from .pass_at_k import pass_at_k
 from .samples import Prompt, RewardFunction, Samples, log_probs, sample, score
@@ -921,8 +922,7 @@ def _rewards(posterior: Posterior, rewards: Tensor, prompt_index: Tensor) -> dic
 
 def _reward_columns(names: Sequence[str], weights: Tensor | None, rewards: Tensor) -> dict[str, Tensor]:
     """The weighted sum of the rewards (N,), as trainers log it, and each if there are several; NaN where missing."""
-    weighted = rewards if weights is None else rewards * weights.to(rewards)
-    columns = {"reward": weighted.nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)}
+    columns = {"reward": weighted_sum(rewards, weights)}
     if len(names) > 1:
         columns.update({f"reward/{name}": rewards[:, k] for k, name in enumerate(names)})
     return columns

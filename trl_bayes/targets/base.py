@@ -20,6 +20,21 @@ class Context(NamedTuple):
     """Which prompt each completion belongs to: int64 of shape `(N,)`, the keys of [`PriorScores`]."""
 
 
+def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The reward `sum_k w_k r_k` of each completion, `(N,)`; `NaN` only where no reward applies.
+
+    It is added up in double precision and then rounded, so that the order of the terms, which may depend on the size
+    of the batch, does not tell completions with the same rewards apart: ranks depend on it.
+
+    Args:
+        rewards (`torch.Tensor`): shape `(N, K)`, `NaN` where a reward does not apply.
+        weights (`torch.Tensor`, *optional*): shape `(K,)`; ones by default.
+    """
+    weighted = rewards.double() if weights is None else rewards.double() * weights.to(rewards.device).double()
+    return weighted.nansum(dim=1).to(rewards.dtype).masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
 class Target(ABC):
     """
     A distribution to approximate: the prior updated by evidence, `p(y|x) ∝ pi_0(y|x) exp(phi(x, y))`.
@@ -143,15 +158,8 @@ class Target(ABC):
         return weights if self._columns is None else weights[self._columns]
 
     def weighted_sum(self, rewards: torch.Tensor) -> torch.Tensor:
-        """
-        The reward `sum_k w_k r_k` of each completion, `(N,)`; `NaN` only where no selected reward applies.
-
-        It is added up in double precision and then rounded, so that the order of the terms, which may depend on the
-        size of the batch, does not tell completions with the same rewards apart: ranks depend on it.
-        """
-        selected = self.select(rewards)  # (N, K')
-        total = (selected.double() * self.select_weights(rewards).double()).nansum(dim=1).to(rewards.dtype)
-        return total.masked_fill(selected.isnan().all(dim=1), torch.nan)
+        """[`weighted_sum`] of the selected rewards, `(N,)`."""
+        return weighted_sum(self.select(rewards), self.select_weights(rewards))
 
     # ---------------------------------------------------------------------------------------------------------------
     # What is learnt from the prior
