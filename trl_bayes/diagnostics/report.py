@@ -353,9 +353,7 @@ def reward_columns(report: Report) -> list[Column]:
     for name in names:
         kind, _, reward = name.partition("/")
         if kind == "reward" and reward:
-            columns.append(
-                Column(name, reward, f"The reward {reward}, without its weight, averaged over completions.")
-            )
+            columns.append(Column(name, reward, f"The reward {reward} alone, averaged over completions."))
         if kind.startswith("pass_at_"):
             k = kind.removeprefix("pass_at_")
             of = f" by {reward}" if reward else ""
