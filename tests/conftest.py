@@ -1,6 +1,7 @@
 """Fixtures for more than one test file: tiny models, made here and saved to a folder, so nothing is downloaded."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,6 +29,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from trl.chat_template_utils import qwen3_chat_template
+
+from trl_bayes import cli
+from trl_bayes.benchmarks.tiny import letter_count_task
+from trl_bayes.prior import Context, PriorScores
 
 
 torch.set_num_threads(1)  # tiny models are slower with more, and much slower with several workers
@@ -191,3 +200,59 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeVLLM]:
     """Makes `use_vllm=True` work without vLLM."""
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", FakeVLLM)
     return FakeVLLM
+
+
+class Enumerated(NamedTuple):
+    """The letters task: `log pi_0` (P, M) of all M completions of P prompts, their letters, the prompts' keys."""
+
+    log_prior: Tensor
+    ids: Tensor  # (M, T)
+    keys: Tensor  # (P,)
+
+    def feature(self, letter: str, place: int | None = None) -> Tensor:
+        """1[the completion has the letter, at a place if one is given], `(M,)`."""
+        is_letter = self.ids == "abcdef".index(letter)
+        return (is_letter.any(dim=1) if place is None else is_letter[:, place]).float()
+
+    def sample(self, rewards: Tensor, num_samples: int, seed: int) -> PriorScores:
+        """Samples of the prior with the rewards `(M, K)` of each."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(self.log_prior.exp(), num_samples, replacement=True, generator=generator)  # (P, N)
+        return PriorScores(rewards[drawn], self.log_prior.gather(1, drawn).float(), self.keys)
+
+    def context(self, prompt: int) -> Context:
+        """The context of all completions of a prompt."""
+        return Context(self.log_prior[prompt].float(), self.keys[prompt].expand(len(self.ids)))
+
+
+@pytest.fixture(scope="session")
+def enumerated(tmp_path_factory: pytest.TempPathFactory) -> Enumerated:
+    task = letter_count_task()
+    folder = task.build_model(tmp_path_factory.mktemp("letters"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    log_prior = task.log_probs(AutoModelForCausalLM.from_pretrained(folder), tokenizer)
+    keys = torch.tensor([7, 2**59 + 3, 5, 2**59 + 2])  # far apart and not in order, as hashes are
+    return Enumerated(log_prior, task.completions(tokenizer).ids, keys)
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """
+    Runs a command with a recipe that must be refused with exit code 2 and one line, and returns what that line says.
+
+    An entry of the recipe that is `...` is left out.
+    """
+
+    def run(command: str, recipe: dict[str, Any], *flags: str) -> str:
+        given = {key: value for key, value in recipe.items() if value is not ...}
+        Path("recipe.yaml").write_text(yaml.safe_dump(given))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--config", "recipe.yaml", *flags])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        lines = [line for line in error.splitlines() if line.startswith("trl-bayes")]
+        assert len(lines) == 1 and error.rstrip().endswith(lines[0]) and "Traceback" not in error, error
+        return lines[0].removeprefix(f"trl-bayes {command}: error: ")
+
+    return run

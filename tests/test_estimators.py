@@ -19,15 +19,15 @@ from trl_bayes.divergences import DIVERGENCES, Divergence, get_divergence
 from trl_bayes.estimators import (
     divergence_estimates,
     effective_sample_size,
+    group_log_z,
     importance_coefficient,
     leave_one_out_baseline,
-    leave_one_out_log_partition,
+    leave_one_out_log_z,
     leave_one_out_mean,
-    log_partition,
     log_weights,
     score_function_coefficient,
     trajectory_balance_coefficient,
-    vargrad_log_partition,
+    vargrad_log_z,
 )
 
 
@@ -237,7 +237,7 @@ def test_trajectory_balance_vanishes_at_the_posterior_off_policy(name: str) -> N
     divergence = divergence_of(name)
     y = all_groups(3, OTHER_PROPOSAL).outcomes
     at_posterior, log_p = SOFT.log_posterior[y], SOFT.log_target[y]
-    fitted = vargrad_log_partition(at_posterior - log_p, everything_valid(y))
+    fitted = vargrad_log_z(at_posterior - log_p, everything_valid(y))
     assert_equal(fitted, SOFT.log_z, atol=1e-9)
     for log_z in (SOFT.log_z.expand(y.shape), fitted):
         coefficient = trajectory_balance_coefficient(at_posterior, log_p, log_z, divergence)
@@ -260,7 +260,7 @@ def test_estimates_have_no_variance_at_the_posterior(name: str, where: str) -> N
     supported = target.log_posterior.isfinite().nonzero().flatten()
     y = torch.tensor(list(itertools.product(supported.tolist(), repeat=3)))
     pi, log_p, valid = target.log_posterior[y], target.log_target[y], everything_valid(y)
-    log_z = leave_one_out_log_partition(log_weights(log_p, pi), valid)
+    log_z = leave_one_out_log_z(log_weights(log_p, pi), valid)
     assert_equal(log_z, target.log_z)
     baseline = leave_one_out_baseline(pi - log_p, log_z, valid, divergence)
     for coefficient in (
@@ -276,8 +276,8 @@ def test_estimates_have_no_variance_at_the_posterior(name: str, where: str) -> N
 
 def kl_rl_coefficient(outcomes: Tensor, log_q: Tensor) -> Tensor:
     pseudo_reward = SOFT.log_target[outcomes] - LOG_POLICY[outcomes]
-    centred = pseudo_reward - leave_one_out_mean(pseudo_reward, everything_valid(outcomes))
-    return -(LOG_POLICY[outcomes] - log_q[outcomes]).exp() * centred
+    centered = pseudo_reward - leave_one_out_mean(pseudo_reward, everything_valid(outcomes))
+    return -(LOG_POLICY[outcomes] - log_q[outcomes]).exp() * centered
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 4])
@@ -292,11 +292,11 @@ def test_kl_rl_advantages_are_rloo_over_beta() -> None:
     beta = 0.7
     rewards = beta * (SOFT.log_target - LOG_PRIOR)
     y = all_groups(4, LOG_POLICY).outcomes
-    penalised = (
+    penalized = (
         rewards[y] - beta * (LOG_POLICY - LOG_PRIOR)[y]
     )  # RLOO: the reward less beta times the summed log-ratio
-    siblings = torch.stack([torch.cat([penalised[:, :i], penalised[:, i + 1 :]], dim=1).mean(dim=1) for i in range(4)])
-    rloo = penalised - siblings.T
+    siblings = torch.stack([torch.cat([penalized[:, :i], penalized[:, i + 1 :]], dim=1).mean(dim=1) for i in range(4)])
+    rloo = penalized - siblings.T
     assert rloo.abs().max() > 0.5
     assert_equal(-kl_rl_coefficient(y, LOG_POLICY), rloo / beta)
 
@@ -317,7 +317,7 @@ def coefficient_with_estimated_evidence(estimator: str, outcomes: Tensor, target
     """On-policy, as the trainers compute it; a group without evidence gives nothing."""
     pi, log_p, valid = LOG_POLICY[outcomes], target.log_target[outcomes], everything_valid(outcomes)
     method, _, name = estimator.partition(":")
-    log_z = leave_one_out_log_partition(log_weights(log_p, pi), valid)
+    log_z = leave_one_out_log_z(log_weights(log_p, pi), valid)
     usable = log_z.isfinite()
     log_z = log_z.masked_fill(~usable, 0.0)
     if method == "dpg":
@@ -394,14 +394,14 @@ def test_multisets_give_the_same_bias_as_all_groups() -> None:
 
 @both_proposals
 @pytest.mark.parametrize("where", SPACES)
-def test_log_partition_is_unbiased_for_z(where: str, log_q: Tensor) -> None:
+def test_log_z_is_unbiased_for_z(where: str, log_q: Tensor) -> None:
     target, groups = SPACES[where], all_groups(3, log_q)
     weights = log_weights(target.log_target, log_q)[groups.outcomes]
     valid = everything_valid(groups.outcomes)
     # The number of samples is an int tensor, whose logarithm is float32
-    assert_equal(groups.expectation(log_partition(weights, valid).exp()), target.log_z.exp(), atol=1e-7)
+    assert_equal(groups.expectation(group_log_z(weights, valid).exp()), target.log_z.exp(), atol=1e-7)
     valid[:, 0] = False  # two samples are enough
-    assert_equal(groups.expectation(log_partition(weights, valid).exp()), target.log_z.exp(), atol=1e-7)
+    assert_equal(groups.expectation(group_log_z(weights, valid).exp()), target.log_z.exp(), atol=1e-7)
 
 
 @both_proposals
@@ -409,7 +409,7 @@ def test_leave_one_out_is_unbiased_for_z_whatever_the_sample_is(log_q: Tensor) -
     """Independent of y_i: given y_i its expectation is Z, which is what makes w_i / Z_hat harmless."""
     groups = all_groups(3, log_q)
     weights = log_weights(SOFT.log_target, log_q)[groups.outcomes]
-    z = leave_one_out_log_partition(weights, everything_valid(groups.outcomes)).exp()
+    z = leave_one_out_log_z(weights, everything_valid(groups.outcomes)).exp()
     for sample in range(3):
         for outcome in range(NUM_OUTCOMES):
             given_outcome = groups.outcomes[:, sample] == outcome
@@ -422,25 +422,25 @@ def test_leave_one_out_is_the_mean_of_the_others_and_the_past() -> None:
     valid = torch.tensor([[True, True, False, True]])
     w = weights[0].exp().tolist()
     others = [[1, 3], [0, 3], [0, 1, 3], [0, 1]]  # an invalid sample has three valid siblings
-    plain = leave_one_out_log_partition(weights, valid).exp()[0].tolist()
+    plain = leave_one_out_log_z(weights, valid).exp()[0].tolist()
     assert plain == pytest.approx([sum(w[j] for j in siblings) / len(siblings) for siblings in others])
     past_sum, past_count = 7.5, 9.0
-    pooled = leave_one_out_log_partition(weights, valid, vector(past_sum).log(), vector(past_count)).exp()[0].tolist()
+    pooled = leave_one_out_log_z(weights, valid, vector(past_sum).log(), vector(past_count)).exp()[0].tolist()
     expected = [(past_sum + sum(w[j] for j in siblings)) / (past_count + len(siblings)) for siblings in others]
     assert pooled == pytest.approx(expected)
-    no_past = leave_one_out_log_partition(weights, valid, vector(-INF), vector(0.0)).exp()[0].tolist()
+    no_past = leave_one_out_log_z(weights, valid, vector(-INF), vector(0.0)).exp()[0].tolist()
     assert no_past == pytest.approx(plain)
 
 
 def test_leave_one_out_does_not_depend_on_the_sample_itself() -> None:
     weights = vector(0.2, -1.0, 1.3, 0.6).unsqueeze(0)
     jacobian = torch.autograd.functional.jacobian(
-        lambda w: leave_one_out_log_partition(w, everything_valid(w))[0], weights
+        lambda w: leave_one_out_log_z(w, everything_valid(w))[0], weights
     ).squeeze(1)  # (i, j): d log Z_{-i} / d log w_j
     assert_equal(jacobian.diagonal(), ZERO, atol=0)
     assert (jacobian + torch.eye(4) > 0.01).all()
     changed = weights + torch.tensor([[0.0, 1e-3, 0.0, 0.0]])
-    difference = leave_one_out_log_partition(changed, everything_valid(changed)) - leave_one_out_log_partition(
+    difference = leave_one_out_log_z(changed, everything_valid(changed)) - leave_one_out_log_z(
         weights, everything_valid(weights)
     )
     assert difference[0, 1] == 0
@@ -451,21 +451,21 @@ def test_leave_one_out_of_the_sole_evidence_includes_it() -> None:
     weights = torch.tensor([[-INF, 0.5, -INF, -INF], [-INF, -INF, -INF, -INF], [2.0, 0.5, 1.0, 3.0]])
     valid = torch.ones(3, 4, dtype=torch.bool)
     valid[2] = torch.tensor([False, True, False, False])
-    log_z = leave_one_out_log_partition(weights, valid)
+    log_z = leave_one_out_log_z(weights, valid)
     expected = [0.5 - math.log(3), 0.5 - math.log(4), 0.5 - math.log(3), 0.5 - math.log(3)]
     assert log_z[0].tolist() == pytest.approx(expected)
     assert (log_z[1] == -INF).all()
     assert log_z[2].tolist() == pytest.approx([0.5] * 4)  # the only valid one, also in its siblings' eyes
     # With a past the sample is not the sole evidence: it is left out again
-    pooled = leave_one_out_log_partition(weights[:1], valid[:1], torch.tensor([1.0]), torch.tensor([5.0]))
+    pooled = leave_one_out_log_z(weights[:1], valid[:1], torch.tensor([1.0]), torch.tensor([5.0]))
     assert pooled[0, 1].item() == pytest.approx(1.0 - math.log(8))
 
 
 def test_no_evidence_is_minus_infinity() -> None:
     weights = torch.tensor([[-INF, -INF], [1.0, 2.0], [-INF, -INF]])
     valid = torch.tensor([[True, True], [False, False], [False, True]])
-    assert (log_partition(weights, valid) == -INF).all()
-    assert (leave_one_out_log_partition(weights, valid) == -INF).all()
+    assert (group_log_z(weights, valid) == -INF).all()
+    assert (leave_one_out_log_z(weights, valid) == -INF).all()
 
 
 # --- the evidence that fits the squared log-ratio best --------------------------------------------------------------
@@ -475,7 +475,7 @@ def test_vargrad_evidence_is_the_siblings_mean() -> None:
     """VarGrad; and then trajectory balance has KL-RL's coefficients."""
     y, divergence = all_groups(4, LOG_POLICY).outcomes, divergence_of("reverse_kl")
     pi, log_p, valid = LOG_POLICY[y], SOFT.log_target[y], everything_valid(y)
-    log_z = vargrad_log_partition(pi - log_p, valid)
+    log_z = vargrad_log_z(pi - log_p, valid)
     expected = torch.stack([(log_p - pi)[:, [j for j in range(4) if j != i]].mean(dim=1) for i in range(4)], dim=1)
     assert_equal(log_z, expected)
     assert_equal(trajectory_balance_coefficient(pi, log_p, log_z, divergence), kl_rl_coefficient(y, LOG_POLICY))
@@ -518,7 +518,7 @@ def test_leave_one_out_baseline_does_not_depend_on_the_sample_itself(name: str) 
 
     def baseline(log_ratio: Tensor) -> Tensor:
         valid = everything_valid(log_ratio)
-        log_z = leave_one_out_log_partition(-log_ratio, valid)
+        log_z = leave_one_out_log_z(-log_ratio, valid)
         return leave_one_out_baseline(log_ratio, log_z, valid, divergence_of(name))[0]
 
     log_ratio = vector(0.4, -0.3, 0.1, 0.9).unsqueeze(0)
@@ -604,7 +604,7 @@ def everything(batch: Batch, name: str = "jensen_shannon") -> dict[str, Tensor]:
     """Every quantity of this module for a batch, with Z and the baseline from the batch."""
     pi, log_p, log_q, valid, divergence = *batch[:1], batch.log_target, *batch[3:], divergence_of(name)
     weights = log_weights(log_p, log_q)
-    log_z = leave_one_out_log_partition(weights, valid)
+    log_z = leave_one_out_log_z(weights, valid)
     usable = valid & log_z.isfinite()
     log_z = log_z.masked_fill(~usable, 0.0)
     baseline = leave_one_out_baseline(pi - log_p, log_z, usable, divergence)
@@ -616,14 +616,14 @@ def everything(batch: Batch, name: str = "jensen_shannon") -> dict[str, Tensor]:
         "baseline": baseline,
     }
     per_group = {
-        "log_partition": log_partition(weights, valid),
+        "group_log_z": group_log_z(weights, valid),
         "ess": effective_sample_size(weights, valid),
-        **divergence_estimates(pi, batch.log_prior, log_p, log_q, log_partition(weights, valid), valid)._asdict(),
+        **divergence_estimates(pi, batch.log_prior, log_p, log_q, group_log_z(weights, valid), valid)._asdict(),
     }
     return {name: values.masked_fill(~usable, 0.0) for name, values in per_sample.items()} | per_group
 
 
-PER_GROUP = ("log_partition", "ess", "kl_prior", "reverse_kl", "forward_kl")
+PER_GROUP = ("group_log_z", "ess", "kl_prior", "reverse_kl", "forward_kl")
 
 
 @st.composite
@@ -652,9 +652,9 @@ smooth_names = st.sampled_from([name for name in TEXTBOOK if TEXTBOOK[name][1] <
 @for_all(batch=batches(), constant=st.floats(-20, 20), name=smooth_names)
 def test_a_constant_added_to_phi_changes_z_alone(batch: Batch, constant: float, name: str) -> None:
     before, after = everything(batch, name), everything(batch._replace(phi=batch.phi + constant), name)
-    has_evidence = before["log_partition"] > -INF
+    has_evidence = before["group_log_z"] > -INF
     for quantity, values in before.items():
-        expected = values + constant if quantity == "log_partition" else values
+        expected = values + constant if quantity == "group_log_z" else values
         if quantity == "log_z":
             usable = batch.valid & has_evidence.unsqueeze(1)
             expected = torch.where(usable, values + constant, 0.0)
@@ -696,7 +696,7 @@ def test_extreme_evidence_gives_no_nan(batch: Batch, name: str, dtype: torch.dty
         if quantity in ("reverse_kl", "forward_kl", "kl_prior"):
             continue  # NaN says that there is no estimate
         assert not values.isnan().any(), quantity
-        if quantity != "log_partition":
+        if quantity != "group_log_z":
             assert values.isfinite().all(), quantity
 
 
@@ -704,7 +704,7 @@ def test_one_success_at_a_low_temperature_gives_a_finite_importance_coefficient(
     """A binary reward at beta = 0.01, 100 nats: one completion of the group has it, its siblings do not."""
     log_policy = torch.full((1, 4), -10.0)
     log_target = log_policy + torch.tensor([[100.0, 0.0, 0.0, 0.0]])
-    log_z = leave_one_out_log_partition(log_weights(log_target, log_policy), everything_valid(log_policy))
+    log_z = leave_one_out_log_z(log_weights(log_target, log_policy), everything_valid(log_policy))
     assert importance_coefficient(log_policy, log_target, log_policy, log_z).isfinite().all()
 
 

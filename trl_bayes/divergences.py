@@ -6,7 +6,7 @@ Three things are done with a divergence, and each is one function of u here:
 
  - measure it: `f` under the target, `f_over_t` under the policy, since E_p[f(t)] = E_pi[f(t)/t];
  - follow its gradient, E_pi[f'(t) grad log pi]: `slope` is f'(t) (f-DPG, https://huggingface.co/papers/2302.08215);
- - minimise the off-policy loss with the same optimum and, on-policy, the same gradient: `loss` is
+ - minimize the off-policy loss with the same optimum and, on-policy, the same gradient: `loss` is
    L_f(u) = integral_0^u (f'(e^s) - f'(1)) ds (f-TB, https://huggingface.co/papers/2605.15417).
 
 Numbers are in nats, tensors float32 or float64 of any shape; nothing here knows log Z, a baseline or a model.

@@ -1,7 +1,7 @@
 """Estimators of a posterior from groups of weighted samples: pure tensor functions, shapes `(P, G)`.
 
 `P` prompts have `G` completions each, drawn from a proposal `q` (the policy that generated them). All quantities are
-per-sequence log-probabilities in nats. With `P(y|x) = pi_0(y|x) exp(phi(x, y))` the unnormalised posterior,
+per-sequence log-probabilities in nats. With `P(y|x) = pi_0(y|x) exp(phi(x, y))` the unnormalized posterior,
 
     log w_i = log P(y_i) - log q(y_i),    Z_hat = mean_i w_i.
 
@@ -35,7 +35,7 @@ def finite_exp(x: torch.Tensor) -> torch.Tensor:
 
 def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.Tensor:
     """
-    Importance weights of samples from `q` for the unnormalised posterior: `log w = log P - log q`, in nats.
+    Importance weights of samples from `q` for the unnormalized posterior: `log w = log P - log q`, in nats.
 
     Args:
         log_target (`torch.Tensor`):
@@ -49,9 +49,9 @@ def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.T
     return log_target - log_proposal
 
 
-def log_partition(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def group_log_z(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """
-    Evidence of each prompt from its whole group: `log Z_hat = log mean_i w_i`, unbiased for `Z`.
+    Marginal likelihood of each prompt from its whole group: `log Z_hat = log mean_i w_i`, unbiased for `Z`.
 
     Args:
         weights (`torch.Tensor`): log importance weights `(P, G)`.
@@ -64,7 +64,7 @@ def log_partition(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return total - valid.sum(dim=1).clamp(min=1).to(weights.dtype).log()
 
 
-def leave_one_out_log_partition(
+def leave_one_out_log_z(
     weights: torch.Tensor,
     valid: torch.Tensor,
     past_log_sum: torch.Tensor | None = None,
@@ -105,7 +105,7 @@ def leave_one_out_log_partition(
     return torch.where(count > 0, log_z, NEG_INF)
 
 
-def vargrad_log_partition(log_ratio: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def vargrad_log_z(log_ratio: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """
     The constant that fits the siblings' squared log-ratio best: `argmin_C sum_{j != i} (log pi_j - log P_j + C)^2`.
 
@@ -207,7 +207,7 @@ def divergence_estimates(
         return values.masked_fill(~valid, 0.0).sum(dim=1) / count
 
     ratio = finite_exp(log_policy - log_proposal)
-    log_p = log_target - log_z  # normalised posterior
+    log_p = log_target - log_z  # normalized posterior
     kl_prior = mean(ratio * (log_policy - log_prior))
     reverse_kl = mean(ratio * (log_policy - log_p))
     outside = log_p == NEG_INF
@@ -234,7 +234,7 @@ def score_function_coefficient(
     """
     f-DPG: the factor of `grad log pi(y)` in `grad D_f(pi||p) = E_q[(pi/q) (f'(t) + b) grad log pi]`, `t = pi/p`.
 
-    `b` is a baseline of the pseudo-reward `-f'(t)`, so the factor is minus the centred pseudo-reward times the
+    `b` is a baseline of the pseudo-reward `-f'(t)`, so the factor is minus the centered pseudo-reward times the
     importance ratio. See [Aligning Language Models with Preferences through f-divergence
     Minimization](https://huggingface.co/papers/2302.08215).
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from trl_bayes import cli
+from trl_bayes.benchmarks.exact_benchmark import Method, methods, problems
+from trl_bayes.benchmarks.step_benchmark import Clock, ProcessorClock, build_model, ratio_cells
 from trl_bayes.commands import bench, bench_scaling, bench_step
 from trl_bayes.commands.bench import BenchArguments, exact_jobs
 from trl_bayes.commands.bench_scaling import ScalingArguments, Step
 from trl_bayes.commands.bench_step import StepArguments
-from trl_bayes.diagnostics.exact_benchmark import Method, methods, problems
-from trl_bayes.diagnostics.step_benchmark import Clock, ProcessorClock, build_model, ratio_cells
 
 
 TINY: dict[str, Any] = dict(

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_bayes import cli
 from trl_bayes.assets import shipped_file
+from trl_bayes.benchmarks.tiny import balance_task, build_tiny_model
+from trl_bayes.command_line.parser import read_recipe
+from trl_bayes.command_line.problem import without_training
 from trl_bayes.commands.evaluate import EvaluateArguments, name_policies
-from trl_bayes.commands.parser import read_recipe
-from trl_bayes.commands.problem import without_training
-from trl_bayes.diagnostics.evaluate import Estimate
-from trl_bayes.diagnostics.report import Report, read_report
-from trl_bayes.diagnostics.tiny import balance_task, build_tiny_model
+from trl_bayes.evaluation.evaluate import Estimate
+from trl_bayes.evaluation.report import Report, read_report
 
 
 TASK = balance_task()
@@ -27,7 +27,7 @@ BETA = 0.6
 MODULE = "rewards_of_test_evaluate"
 SOURCE = """
 def balance(completions, **kwargs):
-    from trl_bayes.diagnostics.tiny import balance_task
+    from trl_bayes.benchmarks.tiny import balance_task
     return balance_task().reward(completions)
 
 def has_a(completions, bonus, **kwargs):
@@ -111,7 +111,7 @@ def test_estimates_are_those_of_the_task(
     bound: float | None, recipe: dict[str, Any], models: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """3.9 standard errors: a correct estimate fails once in 10,000 for each of ten numbers."""
-    report = evaluate(recipe | {"max_log_evidence": bound, "num_samples": 600, "num_reference_samples": 1500})
+    report = evaluate(recipe | {"max_log_potential": bound, "num_samples": 600, "num_reference_samples": 1500})
     prior, policy = (AutoModelForCausalLM.from_pretrained(models[name]) for name in ("prior", "policy"))
     tokenizer = AutoTokenizer.from_pretrained(models["prior"])
     exact = TASK.evaluate(policy, tokenizer, prior, lambda rewards: rewards / BETA)
@@ -123,7 +123,7 @@ def test_estimates_are_those_of_the_task(
         assert ("by importance sampling" in estimate.note) == (
             bound is None and name in ("forward_kl", "total_variation")
         )
-    log_z = sum(posterior.log_partition for posterior in posteriors) / len(posteriors)
+    log_z = sum(posterior.log_z for posterior in posteriors) / len(posteriors)
     assert abs(found["log_z"].value - log_z) < 3.9 * found["log_z"].standard_error
     own = metrics(report, "posterior")
     entropy = -sum((p.log_posterior.exp() * p.log_posterior).sum().item() for p in posteriors) / len(posteriors)
@@ -267,7 +267,7 @@ def test_names_of_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"num_samples": 0}, "`num_samples` must be at least 1, got 0."),
         ({"num_reference_samples": 1}, "`num_reference_samples` must be at least 2, got 1."),
         ({"pass_at": [1, 0]}, "`pass_at` must be at least 1, got 0."),
-        ({"max_log_evidence": math.inf}, "`max_log_evidence` must be finite"),
+        ({"max_log_potential": math.inf}, "`max_log_potential` must be finite"),
         ({"policies": ...}, "`policies` is missing"),
         ({"policies": ["x="]}, "'x=' is neither PATH nor NAME=PATH"),
         ({"policies": ["a/x", "b/x"]}, "Two policies are called 'x'"),
@@ -276,7 +276,7 @@ def test_names_of_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"policies": ["nope"]}, "`policies`: the model 'nope' cannot be loaded"),
         ({"method": "rejection"}, "`method=rejection` needs evidence with a known upper bound"),
         ({"method": "exact"}, "must be one of"),
-        ({"max_log_evidence": -5.0}, "above `max_log_evidence=-5`"),
+        ({"max_log_potential": -5.0}, "above `max_log_potential=-5`"),
         ({"model_name_or_path": ...}, "`model_name_or_path` is missing"),
         ({"prior_model_name_or_path": "nope/nope"}, "`prior_model_name_or_path`: the model 'nope/nope'"),
         ({"num_sample": 3}, "Unknown key `num_sample` in recipe.yaml (did you mean 'num_samples'?)"),
@@ -296,7 +296,7 @@ def test_names_of_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_bad_input_is_one_sentence(changes: dict[str, Any], message: str, refused: Callable[..., str]) -> None:
-    if "max_log_evidence" not in changes and "device" not in changes:
+    if "max_log_potential" not in changes and "device" not in changes:
         changes = {"num_reference_samples": 50} | changes
     assert message in refused(changes)
 

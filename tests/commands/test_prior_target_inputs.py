@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trl_bayes import cli
-from trl_bayes.diagnostics.tiny import letter_count_task
+from trl_bayes.benchmarks.tiny import letter_count_task
 
 
 TASK = letter_count_task()

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from trl_bayes import cli
+from trl_bayes.benchmarks.tiny import build_tiny_model, letter_count_task
 from trl_bayes.commands.sample import SampleArguments
-from trl_bayes.diagnostics.tiny import build_tiny_model, letter_count_task
 
 
 TASK = letter_count_task()
@@ -104,7 +104,7 @@ def test_each_method_writes_a_data_set(
     assert diagnostics["settings"]["method"].items() >= options.items()
     rows = load_dataset("out")["train"]
     assert 0 < len(rows) == diagnostics["num_draws"] <= 20
-    assert rows.column_names == ["prompt", "completion", "log_weight", "rewards", "log_evidence", "ended"]
+    assert rows.column_names == ["prompt", "completion", "log_weight", "rewards", "log_potential", "ended"]
     assert set(rows["prompt"]) <= set(TASK.prompts)
     if method == "prior":
         assert len(rows) == 20 and {*rows["log_weight"]} == {0.0, float("-inf")}
@@ -132,7 +132,7 @@ def test_a_proposal_a_target_with_arguments_and_flags_that_beat_the_recipe(
     assert diagnostics["settings"]["proposal"] == models["policy"]
     assert diagnostics["settings"]["target"] == "Tilt(beta=0.5, rewards=['count_a'])"
     rows = load_dataset("out")["train"]
-    assert rows["log_evidence"] == [reward[1] / 0.5 for reward in rows["rewards"]]
+    assert rows["log_potential"] == [reward[1] / 0.5 for reward in rows["rewards"]]
 
 
 def test_the_mean_reward_is_weighted(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +238,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_option_of_a_method_is_an_argument() -> None:
-    for name in ("num_candidates", "log_bound", "kernel", "draws_per_run", "max_log_evidence"):
+    for name in ("num_candidates", "log_bound", "kernel", "draws_per_run", "max_log_potential"):
         assert name in SampleArguments.__dataclass_fields__
     from dataclasses import fields
 
@@ -259,7 +259,7 @@ def test_every_option_of_a_method_is_an_argument() -> None:
         ({"max_prompts": 0}, "`max_prompts` must be at least 1, got 0."),
         ({"method": "rejektion"}, "(did you mean 'rejection'?)"),
         ({"num_sample": 3}, "Unknown key `num_sample` in recipe.yaml (did you mean 'num_samples'?)"),
-        ({"target": "tilt"}, "set `max_log_evidence`"),
+        ({"target": "tilt"}, "set `max_log_potential`"),
         ({"target": "tillt"}, "Unknown target 'tillt'"),
         ({"target": {"name": "constraint", "rewards": ["has_b"]}}, "reads the reward 'has_b'"),
         ({"num_particles": 4}, "`num_particles` is not for the method 'rejection'"),

@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 
 from trl_bayes.assets import shipped_file
-from trl_bayes.diagnostics.tiny import letter_count_task
+from trl_bayes.benchmarks.tiny import letter_count_task
 
 
 WORKER = Path(__file__).with_name("worker.py")

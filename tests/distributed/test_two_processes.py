@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_bayes.diagnostics.tiny import letter_count_task
+from trl_bayes.benchmarks.tiny import letter_count_task
 
 
 pytestmark = pytest.mark.slow
@@ -174,7 +174,7 @@ def test_replay_of_all_processes_is_that_of_one(launched: Launched, backend: str
 
 
 def test_samples_of_the_prior_agree(launched: Launched, backend: str) -> None:
-    """What is learnt from the same samples: the target and log Z of each prompt."""
+    """What is learned from the same samples: the target and log Z of each prompt."""
     (one,), results = launched("one")("calibrated"), launched(backend)("calibrated")
     assert {"target", "prior_log_z"} <= one["posterior_state"].keys()
     for result in results:

@@ -37,7 +37,7 @@ from trl_bayes import (
     TrajectoryBalanceTrainer,
 )
 from trl_bayes.assets import shipped_file
-from trl_bayes.diagnostics.tiny import letter_count_task
+from trl_bayes.benchmarks.tiny import letter_count_task
 
 
 TASK = letter_count_task()

@@ -18,9 +18,9 @@ import yaml
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
 from trl_bayes import cli
-from trl_bayes.commands.launch import accelerate_config_file
-from trl_bayes.commands.parser import read_recipe
-from trl_bayes.commands.training import make_arguments, make_parser, read_command_line
+from trl_bayes.command_line.launch import accelerate_config_file
+from trl_bayes.command_line.parser import read_recipe
+from trl_bayes.command_line.training import make_arguments, make_parser, read_command_line
 from trl_bayes.rewards import build_rewards
 from trl_bayes.targets import build_target
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
@@ -263,7 +263,7 @@ def test_it_trains(
     updates = [entry for entry in history if "loss" in entry]
     assert len(updates) == 2 and (tmp_path / "out" / "model.safetensors").is_file()
     assert all(entry["posterior/frac_unscored"] < 1 for entry in updates)
-    # The tiny classifier may find no completion harmless, and then nothing may be learnt
+    # The tiny classifier may find no completion harmless, and then nothing may be learned
     has_evidence = any(entry.get("posterior/frac_no_evidence", 0) < 1 for entry in updates)
     assert any(entry["grad_norm"] > 0 for entry in updates) == has_evidence
     if float(dict(itertools.pairwise(flags)).get("--beta", config.get("beta", 1.0))) > 0:

@@ -103,15 +103,15 @@ class TableSource(CompletionSource):
         rows = [list(row) for row in self.outcomes()]
         return self.log_probs(self.proposal, torch.full((len(rows),), prompt), rows)
 
-    def log_unnormalised(self, prompt: int) -> Tensor:
+    def log_unnormalized(self, prompt: int) -> Tensor:
         """log P of all outcomes."""
         return self.log_proposal(prompt) + self.all_candidates(prompt).log_weights
 
     def posterior(self, prompt: int) -> Tensor:
-        return self.log_unnormalised(prompt).softmax(dim=0)
+        return self.log_unnormalized(prompt).softmax(dim=0)
 
     def log_z(self, prompt: int) -> float:
-        return self.log_unnormalised(prompt).logsumexp(dim=0).item()
+        return self.log_unnormalized(prompt).logsumexp(dim=0).item()
 
     def of_prompt(self, draws: Any, prompt: int) -> list[list[int]]:
         """The completions that were drawn of one prompt."""

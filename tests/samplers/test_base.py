@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_bayes.diagnostics.tiny import EnumerableTask, build_tiny_model
+from trl_bayes.benchmarks.tiny import EnumerableTask, build_tiny_model
 from trl_bayes.samplers import (
     METHODS,
     BestOfN,
@@ -151,7 +151,7 @@ def test_what_draws_hold(models: dict[str, Any], tokenizer: Any) -> None:
     assert draws.rewards[:, 0].tolist() == _reward(draws.texts)
     assert torch.allclose(draws.phi, draws.rewards[:, 0] / 0.7)
     table = draws.to_dataset()
-    assert table.column_names == ["prompt", "completion", "log_weight", "rewards", "log_evidence", "ended"]
+    assert table.column_names == ["prompt", "completion", "log_weight", "rewards", "log_potential", "ended"]
     assert table[45]["prompt"] == "b a" and table[45]["completion"] == draws.texts[45]
     assert table[45]["rewards"] == draws.rewards[45].tolist()
     tokens = draws.to_dataset(tokens=True)
@@ -298,8 +298,8 @@ def _minus_ten_a(completions: list[str], **kwargs: Any) -> list[float]:
 
 def test_infinite_evidence(models: dict[str, Any], tokenizer: Any) -> None:
     class Infinite(Tilt):
-        def log_evidence(self, rewards: Tensor) -> Tensor:
+        def log_potential(self, rewards: Tensor) -> Tensor:
             return torch.full_like(rewards[:, 0], math.inf)
 
-    with pytest.raises(ValueError, match="infinite log-evidence"):
+    with pytest.raises(ValueError, match="infinite log-potential"):
         make(models, tokenizer, Infinite(1.0), Importance()).sample(TASK.prompts, 2)

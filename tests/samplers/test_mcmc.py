@@ -105,7 +105,7 @@ def test_few_chains_give_several_draws_each(table_source: Any, p_value: Any, rng
         assert p_value(source.frequencies(source.of_prompt(draws, p)), source.posterior(p)) > 1e-4
     assert draws.diagnostics["num_steps"] == 30 + 4 * 20 and draws.diagnostics["num_chains"] == 200
     assert 0.2 < draws.diagnostics["acceptance_rate"] < 1
-    for name in ("log_evidence", "length"):
+    for name in ("log_potential", "length"):
         assert draws.diagnostics["r_hat"][name] == pytest.approx(1, abs=0.2)
         assert 1 <= draws.diagnostics["autocorrelation_steps"][name] < 20
 
@@ -115,7 +115,7 @@ def test_chains_look_for_evidence(table_source: Any, rng: numpy.random.Generator
     draws = MetropolisHastings("independence", num_steps=100).draw(source, 20, rng)
     assert set(draws.texts) == {"aaa"} and set(draws.prompt_index.tolist()) == {1}
     assert draws.diagnostics["num_chains_without_evidence"] == 40 - len(draws) >= 20
-    assert draws.diagnostics["r_hat"]["log_evidence"] is None
+    assert draws.diagnostics["r_hat"]["log_potential"] is None
 
 
 def test_acceptance_without_evidence(table_source: Any) -> None:

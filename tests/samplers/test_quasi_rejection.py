@@ -15,7 +15,7 @@ from trl_bayes.targets import Constraint, Tilt
 
 def laws(source: Any, prompt: int, log_bound: float) -> tuple[Tensor, float, float, float]:
     """p_B, its total variation from p, the bound on it, and the acceptance rate, all exact."""
-    log_q, log_p = source.log_proposal(prompt), source.log_unnormalised(prompt)
+    log_q, log_p = source.log_proposal(prompt), source.log_unnormalized(prompt)
     kept = torch.minimum(log_p, log_bound + log_q)
     p, p_b = log_p.softmax(dim=0), kept.softmax(dim=0)
     above = p[log_p > log_bound + log_q].sum().item()

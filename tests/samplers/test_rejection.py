@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from trl_bayes.samplers import Rejection, largest_log_evidence
+from trl_bayes.samplers import Rejection, largest_log_potential
 from trl_bayes.samplers.rejection import accept_until
 from trl_bayes.targets import Constraint, LogSigmoidCentered, Product, Target, Tempered, Tilt
 
@@ -35,7 +35,7 @@ def test_samples_are_exact(
         assert p_value(observed, source.posterior(p)) > 1e-4
         # the test sees another law
         assert p_value(observed, source.log_proposal(p).exp()) < 1e-4
-        assert p_value(observed, (source.log_unnormalised(p) * 1.2).softmax(dim=0)) < 1e-4
+        assert p_value(observed, (source.log_unnormalized(p) * 1.2).softmax(dim=0)) < 1e-4
     log_z = draws.diagnostics["log_z"]
     truth = (source.log_z(0) + source.log_z(1)) / 2
     assert log_z["trusted"] and abs(log_z["value"] - truth) < 4 * log_z["standard_error"]
@@ -72,20 +72,20 @@ def test_attempts_are_no_more_than_needed(table_source: Any, rng: numpy.random.G
 
 
 def test_the_largest_evidence_of_a_target() -> None:
-    assert largest_log_evidence(Constraint()) == largest_log_evidence(LogSigmoidCentered()) == 0.0
-    assert largest_log_evidence(Tempered(2.0)) == 0.0
-    assert largest_log_evidence(Tempered(0.5)) is largest_log_evidence(Tilt(1.0)) is None
-    assert largest_log_evidence(Product([Constraint(), Tempered(1.5)])) == 0.0
-    assert largest_log_evidence(Product([Constraint(), Tilt(1.0)])) is None
+    assert largest_log_potential(Constraint()) == largest_log_potential(LogSigmoidCentered()) == 0.0
+    assert largest_log_potential(Tempered(2.0)) == 0.0
+    assert largest_log_potential(Tempered(0.5)) is largest_log_potential(Tilt(1.0)) is None
+    assert largest_log_potential(Product([Constraint(), Tempered(1.5)])) == 0.0
+    assert largest_log_potential(Product([Constraint(), Tilt(1.0)])) is None
 
 
 def test_what_is_refused(table_source: Any, rng: numpy.random.Generator) -> None:
-    with pytest.raises(ValueError, match="set `max_log_evidence`"):
+    with pytest.raises(ValueError, match="set `max_log_potential`"):
         Rejection().check(Tilt(1.0), has_proposal=False)
     with pytest.raises(ValueError, match="draws from the prior"):
         Rejection().check(Constraint(), has_proposal=True)
-    with pytest.raises(ValueError, match="above `max_log_evidence=0.1`"):
+    with pytest.raises(ValueError, match="above `max_log_potential=0.1`"):
         Rejection(0.1).draw(table_source(Tilt(1.0)), 100, rng)
-    for wrong in ({"max_log_evidence": math.inf}, {"max_log_evidence": math.nan}, {"max_attempts": 0}):
+    for wrong in ({"max_log_potential": math.inf}, {"max_log_potential": math.nan}, {"max_attempts": 0}):
         with pytest.raises(ValueError):
             Rejection(**wrong)

@@ -74,7 +74,7 @@ def test_a_conditional_run_is_the_weighted_law(
 @pytest.mark.parametrize("target", [Tilt(0.7), Constraint(threshold=1.0)], ids=["soft", "hard"])
 def test_the_bounds_bracket_the_evidence(target: Any, table_source: Any, rng: numpy.random.Generator) -> None:
     source = table_source(target)
-    method = smc(8, draws_per_run=1, upper_bound=True, max_log_evidence=None if target.hard else 4 / 0.7)
+    method = smc(8, draws_per_run=1, upper_bound=True, max_log_potential=None if target.hard else 4 / 0.7)
     found = method.draw(source, 400, rng).diagnostics
     truth = (source.log_z(0) + source.log_z(1)) / 2
     lower, upper = found["log_z_lower"], found["log_z_upper"]
@@ -127,7 +127,7 @@ def test_weighted_draws_of_few_particles_are_consistent(
 def test_a_better_twist_costs_fewer_particles(table_source: Any, rng: numpy.random.Generator) -> None:
     """With psi = E[exp(phi) | what is written] only the next token is left to chance."""
     source = table_source(Tilt(0.3), num_prompts=1)
-    rows, joint = source.outcomes(), source.log_unnormalised(0)
+    rows, joint = source.outcomes(), source.log_unnormalized(0)
 
     def perfect(prompts: list[str], texts: list[str]) -> list[float]:
         values = []
@@ -149,7 +149,7 @@ def test_a_better_twist_costs_fewer_particles(table_source: Any, rng: numpy.rand
 class Counting(Tilt):
     """A tilt that says what it knows of unfinished texts."""
 
-    def partial_log_evidence(self, prompts: list[str], texts: list[str]) -> Tensor:
+    def partial_log_potential(self, prompts: list[str], texts: list[str]) -> Tensor:
         return torch.tensor(rough_twist(prompts, texts))
 
 
@@ -224,7 +224,7 @@ def test_what_is_refused() -> None:
             SequentialMonteCarlo(**wrong)
     with pytest.raises(ValueError, match="would exclude some that can still become good"):
         SequentialMonteCarlo(twist="rewards").check(Constraint(), False)
-    with pytest.raises(ValueError, match="set `max_log_evidence`"):
+    with pytest.raises(ValueError, match="set `max_log_potential`"):
         SequentialMonteCarlo(upper_bound=True).check(Tilt(1.0), False)
     SequentialMonteCarlo(upper_bound=True).check(Constraint(), True)
 

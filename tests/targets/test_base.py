@@ -17,14 +17,14 @@ REWARDS = torch.tensor([[1.0, 2.0, 3.0], [4.0, NAN, 6.0]])
 class First(Target):
     """The smallest target: what a user's own looks like."""
 
-    def log_evidence(self, rewards: Tensor) -> Tensor:
+    def log_potential(self, rewards: Tensor) -> Tensor:
         return self.select(rewards)[:, 0]
 
 
 def test_a_target_of_ones_own() -> None:
     target = First(rewards="length")
     target.bind(NAMES)
-    assert target.log_evidence(REWARDS).tolist() == [3.0, 6.0]
+    assert target.log_potential(REWARDS).tolist() == [3.0, 6.0]
     assert repr(target) == "First(rewards=['length'])"
     assert not target.hard
     assert target.state_dict() == {}
@@ -36,7 +36,7 @@ class PerPrompt(Target):
 
     needs_context = True
 
-    def log_evidence(self, rewards: Tensor, context: Context | None = None) -> Tensor:
+    def log_potential(self, rewards: Tensor, context: Context | None = None) -> Tensor:
         return rewards[:, 0] - self.require_context(context).prompt_key
 
 
@@ -54,7 +54,7 @@ def test_a_target_that_learns_nothing() -> None:
     target = First()
     assert target.is_fitted
     target.require_fitted()
-    assert target.log_partition(torch.tensor([1])) is None
+    assert target.log_z(torch.tensor([1])) is None
     assert target.diagnostics() == {}
 
 
@@ -67,7 +67,7 @@ def test_weighted_sum() -> None:
 
 
 def test_a_target_must_say_what_its_evidence_is() -> None:
-    with pytest.raises(TypeError, match="log_evidence"):
+    with pytest.raises(TypeError, match="log_potential"):
         Target()  # type: ignore[abstract]
 
 
@@ -126,7 +126,7 @@ def test_a_reward_that_is_not_there(target: Target) -> None:
 
 def test_reading_by_name_before_the_names_are_known() -> None:
     with pytest.raises(ValueError, match=r"^Call `bind\(reward_names\)` first: Tilt reads rewards by name\.$"):
-        Tilt(1.0, rewards="quality").log_evidence(REWARDS)
+        Tilt(1.0, rewards="quality").log_potential(REWARDS)
 
 
 def test_reading_no_reward() -> None:

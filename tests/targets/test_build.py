@@ -16,7 +16,7 @@ class Mine(Target):
         super().__init__(rewards)
         self.slope = slope
 
-    def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
         return self.slope * self.select(rewards)[:, 0]
 
     def settings(self) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_missing_rewards() -> None:
     u = target.calibrate(torch.tensor([[2.0], [5.0], [NAN]]), of_prompt(0, 3))
     assert u.tolist() == pytest.approx([0.5, 2.5 / 3, NAN], nan_ok=True)
     assert target.calibrate(torch.tensor([[2.0]]), of_prompt(1, 1)).tolist() == [0.5]
-    assert target.log_partition(torch.tensor([0, 1])).isnan().tolist() == [False, True]
+    assert target.log_z(torch.tensor([0, 1])).isnan().tolist() == [False, True]
     with pytest.raises(ValueError, match="No sample of the prior has a reward: Calibrated has nothing to learn from"):
         calibrated(Calibrated("identity", beta=1.0), [[NAN, NAN]])
 
@@ -206,11 +206,11 @@ def test_closed_forms(target: Calibrated, z: float) -> None:
     """Known from 100 samples to 1e-3, whatever the rewards are."""
     generator = torch.Generator().manual_seed(0)
     calibrated(target, torch.randn(3, 100, generator=generator).exp().tolist())
-    log_z = target.log_partition(torch.tensor([2, 0, 1]))
+    log_z = target.log_z(torch.tensor([2, 0, 1]))
     assert log_z.exp().tolist() == pytest.approx([z] * 3, rel=1e-3)
     assert log_z[0] == log_z[1] == log_z[2]  # the same for all prompts
     assert target.diagnostics() == {"calibrated/tied_frac": 0.0}
-    assert calibrated_law(target.transform, target.beta).log_partition == pytest.approx(math.log(z), abs=1e-6)
+    assert calibrated_law(target.transform, target.beta).log_z == pytest.approx(math.log(z), abs=1e-6)
 
 
 def test_the_known_evidence_is_that_of_fresh_samples() -> None:
@@ -226,7 +226,7 @@ def test_the_known_evidence_is_that_of_fresh_samples() -> None:
             phi = target(rewards[::7].float().unsqueeze(1), of_prompt(0, len(rewards[::7])))
             means.append(phi.double().exp().mean())
         mean, error = torch.stack(means).mean(), torch.stack(means).std() / math.sqrt(200)
-        assert abs(mean - target.log_partition(torch.tensor([0])).exp().item()) < 4 * error + 1e-3 * mean
+        assert abs(mean - target.log_z(torch.tensor([0])).exp().item()) < 4 * error + 1e-3 * mean
 
 
 def test_ties_are_estimated_and_said_once(enumerated: Any) -> None:
@@ -236,8 +236,8 @@ def test_ties_are_estimated_and_said_once(enumerated: Any) -> None:
     target.fit(enumerated.sample(rewards, 2000, seed=0))
     assert target.diagnostics() == {"calibrated/tied_frac": 1.0}
     with pytest.warns(UserWarning, match=r"^100\.0% of the prior samples share their reward .* `log Z` is estimated"):
-        log_z = target.log_partition(enumerated.keys)
-    assert torch.equal(target.log_partition(enumerated.keys.flip(0)), log_z.flip(0))  # and no second warning
+        log_z = target.log_z(enumerated.keys)
+    assert torch.equal(target.log_z(enumerated.keys.flip(0)), log_z.flip(0))  # and no second warning
     exact = [
         (log_prior + target(rewards, enumerated.context(i))).logsumexp(dim=0).item()
         for i, log_prior in enumerate(enumerated.log_prior)
@@ -248,11 +248,11 @@ def test_ties_are_estimated_and_said_once(enumerated: Any) -> None:
 
 def test_in_a_product_the_evidence_is_not_known() -> None:
     single = Product([calibrated(Calibrated(best_of_n(2)), [[1.0, 2.0, 3.0]])])
-    log_z = single.log_partition(torch.tensor([0]))
+    log_z = single.log_z(torch.tensor([0]))
     assert log_z is not None
     assert log_z.item() == pytest.approx(math.log(1 / 2))
-    assert Product([Calibrated(best_of_n(2)), Tilt(1.0)]).log_partition(torch.tensor([0])) is None
-    assert Tilt(1.0).log_partition(torch.tensor([0])) is None
+    assert Product([Calibrated(best_of_n(2)), Tilt(1.0)]).log_z(torch.tensor([0])) is None
+    assert Tilt(1.0).log_z(torch.tensor([0])) is None
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -314,4 +314,4 @@ def test_used_without_context_or_fit() -> None:
     with pytest.raises(ValueError, match=r"^Call `fit\(prior_scores\)` first: Calibrated learns"):
         Calibrated(best_of_n(4))(torch.zeros(2, 1), of_prompt(0, 2))
     with pytest.raises(ValueError, match=r"^Call `fit\(prior_scores\)` first: Calibrated learns"):
-        Calibrated(best_of_n(4)).log_partition(torch.tensor([0]))
+        Calibrated(best_of_n(4)).log_z(torch.tensor([0]))

@@ -68,7 +68,7 @@ class Broken(Target):
         super().__init__()
         self.change = change
 
-    def log_evidence(self, rewards: Tensor) -> Tensor:
+    def log_potential(self, rewards: Tensor) -> Tensor:
         return self.change(rewards[:, 0])
 
 
@@ -123,7 +123,7 @@ class Learner(Broken):
     needs_prior_samples = True
     mean: float | None = None
 
-    def log_evidence(self, rewards: Tensor) -> Tensor:
+    def log_potential(self, rewards: Tensor) -> Tensor:
         return rewards[:, 0] - (self.mean or 0.0)
 
     def fit(self, prior: PriorScores) -> None:
@@ -176,12 +176,12 @@ class SettingsChange(Learner):
 
 
 class ShortPartition(Learner):
-    def log_partition(self, keys: Tensor) -> Tensor:
+    def log_z(self, keys: Tensor) -> Tensor:
         return torch.zeros(1)
 
 
 class InfinitePartition(Learner):
-    def log_partition(self, keys: Tensor) -> Tensor:
+    def log_z(self, keys: Tensor) -> Tensor:
         return torch.full(keys.shape, -math.inf)
 
 
@@ -194,8 +194,8 @@ class InfinitePartition(Learner):
         (ForgetsDiagnostics, "restored from its `state_dict` it has other diagnostics"),
         (Address, "its `repr` has an address and so differs between runs"),
         (SettingsChange, "its `repr` changed with use"),
-        (ShortPartition, r"`log_partition` returns \(1,\), not one per prompt"),
-        (InfinitePartition, "`log_partition` is not finite"),
+        (ShortPartition, r"`log_z` returns \(1,\), not one per prompt"),
+        (InfinitePartition, "`log_z` is not finite"),
     ],
 )
 def test_broken_learning(target: type[Learner], message: str) -> None:

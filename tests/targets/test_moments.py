@@ -61,7 +61,7 @@ def test_one_binary_feature_has_its_closed_form() -> None:
     moments = fitted({"f": 0.6}, prior)
     expected = math.log(0.6 / 0.4) - math.log(0.3 / 0.7)
     assert moments.diagnostics()["moments/f/lambda"] == pytest.approx(expected, abs=1e-7)
-    phi = moments.log_evidence(torch.tensor([[1.0], [0.0]]))
+    phi = moments.log_potential(torch.tensor([[1.0], [0.0]]))
     assert phi.tolist() == pytest.approx([0.4 * expected, -0.6 * expected], abs=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_real_features_and_the_prior_s_own_moments(enumerated: Any) -> None:
     own = (enumerated.log_prior.exp().mean(dim=0) @ rewards.double()).tolist()
     prior = enumerated.sample(rewards, 2000, seed=1)
     same = fitted(dict(zip(["length", "noise"], own, strict=True)), prior)
-    assert (same.log_evidence(rewards).abs() < 0.15).all()
+    assert (same.log_potential(rewards).abs() < 0.15).all()
     moved = fitted({"length": 8500.0, "noise": 0.5}, prior)
     assert exact_moments(moved, enumerated, rewards).tolist() == pytest.approx([8500.0, 0.5], rel=0.03, abs=0.03)
 
@@ -82,7 +82,9 @@ def test_all_prompts_weigh_the_same() -> None:
     """Not by their Z: the mean over prompts of the moment of each is mu, though their evidence differs a lot."""
     prior = scores([[[1.0]] * 50 + [[0.0]] * 950, [[1.0]] * 900 + [[0.0]] * 100])
     moments = fitted({"f": 0.7}, prior)
-    of_each = [(prior.log_evidence(moments)[i].softmax(dim=0) * prior.rewards[i, :, 0]).sum().item() for i in range(2)]
+    of_each = [
+        (prior.log_potential(moments)[i].softmax(dim=0) * prior.rewards[i, :, 0]).sum().item() for i in range(2)
+    ]
     assert of_each[0] < 0.5 < of_each[1]
     assert sum(of_each) / 2 == pytest.approx(0.7, abs=1e-6)
 
@@ -93,7 +95,7 @@ def test_a_feature_and_its_complement() -> None:
     both = fitted({"f": 0.6, "not_f": 0.4}, scores([rows]))
     alone = fitted({"f": 0.6}, scores([[row[:1] for row in rows]]))
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    torch.testing.assert_close(both.log_evidence(rewards), alone.log_evidence(rewards[:, :1]))
+    torch.testing.assert_close(both.log_potential(rewards), alone.log_potential(rewards[:, :1]))
 
 
 def test_a_feature_that_does_not_apply_is_neutral() -> None:
@@ -103,7 +105,7 @@ def test_a_feature_that_does_not_apply_is_neutral() -> None:
     target = Product([Moments({"f": 0.6}), Tilt(1.0, rewards="g")])
     target.bind(["f", "g"])
     target.fit(prior)
-    weights = prior.log_evidence(target).softmax(dim=1)
+    weights = prior.log_potential(target).softmax(dim=1)
     f = prior.rewards[..., 0]
     share = weights[~f.isnan()].sum().item()
     assert (weights * f.nan_to_num()).sum().item() / share == pytest.approx(0.6, abs=1e-5)
@@ -123,7 +125,7 @@ def test_the_prior_to_a_power_does_not_score_a_completion() -> None:
     ones = 100 * math.exp(-2.0) + 200 * math.exp(-4.0)
     expected = math.log(300 * math.exp(-2.0) / ones)
     assert product.diagnostics()["moments/f/lambda"] == pytest.approx(expected, abs=1e-6)
-    assert prior.log_evidence(product).isnan().sum() == 400
+    assert prior.log_potential(product).isnan().sum() == 400
 
 
 def test_unscored_and_infinite_samples_are_left_out() -> None:

@@ -31,7 +31,7 @@ class Counter(Target):
         super().__init__()
         self.seen = 0
 
-    def log_evidence(self, rewards: Tensor) -> Tensor:
+    def log_potential(self, rewards: Tensor) -> Tensor:
         self.seen += len(rewards)
         return torch.zeros(len(rewards))
 
@@ -50,19 +50,19 @@ def constrained_tilt() -> Product:
 
 def test_phi_is_the_sum_of_the_factors() -> None:
     rewards = torch.tensor([[1.0, 2.0], [0.0, 2.0], [1.0, -1.0]])
-    assert constrained_tilt().log_evidence(rewards).tolist() == pytest.approx([12.0, -INF, -6.0])
+    assert constrained_tilt().log_potential(rewards).tolist() == pytest.approx([12.0, -INF, -6.0])
 
 
 def test_two_tilts_are_one() -> None:
     rewards = torch.tensor([[1.0, 2.0], [0.3, -1.0]])
     product = Product([Tilt(0.5), Tilt(0.25)])
     product.bind(NAMES)
-    torch.testing.assert_close(product.log_evidence(rewards), Tilt(1 / 6).log_evidence(rewards))
+    torch.testing.assert_close(product.log_potential(rewards), Tilt(1 / 6).log_potential(rewards))
 
 
 def test_a_factor_that_does_not_apply_adds_nothing() -> None:
     rewards = torch.tensor([[NAN, 2.0], [0.0, NAN], [1.0, NAN], [NAN, NAN]])
-    phi = constrained_tilt().log_evidence(rewards)
+    phi = constrained_tilt().log_potential(rewards)
     assert phi.tolist() == pytest.approx([12.0, -INF, 0.0, NAN], nan_ok=True)
 
 
@@ -124,7 +124,7 @@ def test_state_is_that_of_the_factors() -> None:
         return Product([Tilt(0.5), Counter(), Product([Counter()])])
 
     product, restored = make(), make()
-    product.log_evidence(torch.zeros(3, 1))
+    product.log_potential(torch.zeros(3, 1))
     assert product.state_dict() == {"0": {}, "1": {"seen": 3}, "2": {"0": {"seen": 3}}}
     restored.load_state_dict(product.state_dict())
     assert restored.state_dict() == product.state_dict()

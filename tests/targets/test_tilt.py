@@ -16,30 +16,30 @@ REWARDS = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 0.0]])
 def test_phi_is_the_sum_of_rewards_over_beta() -> None:
     tilt = Tilt(beta=0.2)
     tilt.bind(NAMES)
-    assert tilt.log_evidence(REWARDS).tolist() == pytest.approx([-5.0, 17.5, 0.0])
-    assert Tilt(beta=0.2).log_evidence(REWARDS).tolist() == pytest.approx([-5.0, 17.5, 0.0])  # names are not needed
+    assert tilt.log_potential(REWARDS).tolist() == pytest.approx([-5.0, 17.5, 0.0])
+    assert Tilt(beta=0.2).log_potential(REWARDS).tolist() == pytest.approx([-5.0, 17.5, 0.0])  # names are not needed
 
 
 def test_weights_are_the_trainer_s() -> None:
     tilt = Tilt(beta=0.5)
     tilt.bind(NAMES, torch.tensor([2.0, -1.0]))
-    assert tilt.log_evidence(REWARDS).tolist() == pytest.approx([8.0, -4.0, 0.0])
+    assert tilt.log_potential(REWARDS).tolist() == pytest.approx([8.0, -4.0, 0.0])
     tilt = Tilt(beta=0.5, rewards="style")
     tilt.bind(NAMES, torch.tensor([2.0, -1.0]))
-    assert tilt.log_evidence(REWARDS).tolist() == pytest.approx([4.0, -6.0, 0.0])
+    assert tilt.log_potential(REWARDS).tolist() == pytest.approx([4.0, -6.0, 0.0])
 
 
 def test_a_reward_that_does_not_apply_adds_nothing() -> None:
     tilt = Tilt(beta=0.5)
     tilt.bind(NAMES, torch.tensor([2.0, -1.0]))
-    phi = tilt.log_evidence(torch.tensor([[NAN, 3.0], [1.0, NAN], [NAN, NAN], [NAN, 0.0]]))
+    phi = tilt.log_potential(torch.tensor([[NAN, 3.0], [1.0, NAN], [NAN, NAN], [NAN, 0.0]]))
     assert phi.tolist() == pytest.approx([-6.0, 4.0, NAN, 0.0], nan_ok=True)
 
 
 def test_only_the_rewards_that_it_reads_can_leave_a_completion_out() -> None:
     tilt = Tilt(beta=1.0, rewards="style")
     tilt.bind(NAMES)
-    phi = tilt.log_evidence(torch.tensor([[NAN, 3.0], [1.0, NAN]]))
+    phi = tilt.log_potential(torch.tensor([[NAN, 3.0], [1.0, NAN]]))
     assert phi.tolist() == pytest.approx([3.0, NAN], nan_ok=True)
 
 

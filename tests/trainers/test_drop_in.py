@@ -1231,7 +1231,7 @@ RESUMABLE = [
     ("trajectory_balance", {**LEAVE_ONE_OUT, **REPLAY}),
 ]
 # Two prompts a step, four in all, each twice in one epoch: at the checkpoint every prompt has been seen once, so what
-# was learnt about Z matters. (TRL's sampler starts its shuffles afresh when a run resumes in a later epoch.)
+# was learned about Z matters. (TRL's sampler starts its shuffles afresh when a run resumes in a later epoch.)
 TWO_VISITS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "shuffle_dataset": False}
 
 
@@ -1261,7 +1261,7 @@ def test_resumed_run_is_the_uninterrupted_one(kind: str, config: dict[str, Any],
 
 @from_trl
 @pytest.mark.parametrize("config", [RUNNING, {**LEAVE_ONE_OUT, **REPLAY}], ids=str)
-def test_resuming_needs_what_was_learnt(config: dict[str, Any], make: Make, tmp_path: Path) -> None:
+def test_resuming_needs_what_was_learned(config: dict[str, Any], make: Make, tmp_path: Path) -> None:
     # The converse: without our file the run goes on, says so, and is another one
     config = {**config, **TWO_VISITS}
     straight = make("dpg", config, train_dataset=twice())

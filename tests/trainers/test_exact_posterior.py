@@ -20,8 +20,8 @@ from trl_bayes import (
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
 )
-from trl_bayes.diagnostics.exact import PolicyFit
-from trl_bayes.diagnostics.exact_benchmark import Method, Problem, methods, problems, train
+from trl_bayes.benchmarks.enumeration import PolicyFit
+from trl_bayes.benchmarks.exact_benchmark import Method, Problem, methods, problems, train
 from trl_bayes.targets import Constraint, Product, Target, Tilt
 
 

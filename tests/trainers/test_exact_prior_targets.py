@@ -25,7 +25,7 @@ from trl_bayes import (
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
 )
-from trl_bayes.diagnostics.calibrated_benchmark import (
+from trl_bayes.benchmarks.calibrated_benchmark import (
     Trained,
     formula,
     laws,
@@ -34,8 +34,8 @@ from trl_bayes.diagnostics.calibrated_benchmark import (
     run_law,
     train_on,
 )
-from trl_bayes.diagnostics.exact import PolicyFit, compare, exact_posterior, mean_fit
-from trl_bayes.diagnostics.tiny import letter_count_task
+from trl_bayes.benchmarks.enumeration import PolicyFit, compare, exact_posterior, mean_fit
+from trl_bayes.benchmarks.tiny import letter_count_task
 from trl_bayes.targets import ChiSquared, Constraint, LogSigmoidCentered, Moments, Product, Target
 
 
@@ -53,9 +53,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def distance(trained: Trained, log_evidence: torch.Tensor) -> PolicyFit:
+def distance(trained: Trained, log_potential: torch.Tensor) -> PolicyFit:
     """To the posteriors with evidence `(P, N)`, averaged over prompts."""
-    rows = zip(trained.log_prior, log_evidence, trained.log_policy, strict=True)
+    rows = zip(trained.log_prior, log_potential, trained.log_policy, strict=True)
     return mean_fit([compare(exact_posterior(prior, phi), policy) for prior, phi, policy in rows])
 
 
@@ -88,7 +88,7 @@ def test_moments(trainer: Callable[..., Any], config: Callable[..., Any]) -> Non
     before = moments(trained.log_prior, trained.rewards)
     assert before.tolist() == pytest.approx([0.1, 0.4], abs=0.02)
 
-    phi = target.log_evidence(trained.rewards).expand_as(trained.log_prior)
+    phi = target.log_potential(trained.rewards).expand_as(trained.log_prior)
     fitted = (trained.log_prior + phi).log_softmax(dim=1)
     assert (moments(fitted, trained.rewards) - 0.5).abs().max() <= 0.02
     assert (moments(trained.log_policy, trained.rewards) - 0.5).abs().max() <= 0.03
@@ -161,7 +161,7 @@ def by_name(name: str) -> Any:
 
 
 def chi_squared_evidence(rewards: torch.Tensor, log_prior: torch.Tensor, beta: float) -> torch.Tensor:
-    """`log [1 + (r - tau)/(2 beta)]_+` with `tau` found by bisection on the exact normalisation, `(P, N)`."""
+    """`log [1 + (r - tau)/(2 beta)]_+` with `tau` found by bisection on the exact normalization, `(P, N)`."""
     low, high = rewards.min() - 2 * beta, rewards.max() + 2 * beta
     low, high = low.expand(len(log_prior)).clone(), high.expand(len(log_prior)).clone()
     for _ in range(200):

@@ -28,7 +28,7 @@ from trl_bayes import (
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
 )
-from trl_bayes.diagnostics.tiny import EnumerableTask
+from trl_bayes.benchmarks.tiny import EnumerableTask
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
 

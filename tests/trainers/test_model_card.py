@@ -22,7 +22,7 @@ def test_section_shows_the_latest_entry_that_has_metrics() -> None:
     section = posterior_section("Constraint(threshold=0.5)", "forward_kl", "running", history)
     assert "`Constraint(threshold=0.5)`" in section
     assert "At step 2" in section
-    assert "| log Z, the log-evidence | -1.5 |" in section
+    assert "| log Z, the log marginal likelihood | -1.5 |" in section
     assert "| reward | 0.25 |" in section
     assert "KL(π‖p)" not in section  # was not logged
 

@@ -32,8 +32,8 @@ from trl_bayes import (
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
 )
-from trl_bayes.diagnostics.tiny import letter_count_task
-from trl_bayes.trainers.model_identity import weights_fingerprint
+from trl_bayes.benchmarks.tiny import letter_count_task
+from trl_bayes.language_models.fingerprint import weights_fingerprint
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
 
@@ -233,7 +233,7 @@ def test_no_reward_for_any_sample_is_refused(make: Make) -> None:
 
 @from_trl
 def test_a_rare_event_that_no_sample_shows(make: Make) -> None:
-    """Z = 0 in the samples: nothing can be learnt, which is said, and nothing breaks."""
+    """Z = 0 in the samples: nothing can be learned, which is said, and nothing breaks."""
     trainer = make("dpg", {"name": "constraint", "threshold": 3.5}, {"partition": "prior_samples"})
     before = weights(trainer)
     with pytest.warns(UserWarning, match="4 of 4 prompts have no prior sample with evidence.*`num_prior_samples`"):
@@ -347,7 +347,7 @@ def test_metrics_and_tables_show_training_only(make: Make) -> None:
     assert with_prior.state.num_input_tokens_seen == plain.state.num_input_tokens_seen
 
 
-def test_what_was_learnt_is_logged(make: Make) -> None:
+def test_what_was_learned_is_logged(make: Make) -> None:
     trainer = make("dpg", {"name": "moments", "mu": {"count_a": 0.5}}, {"num_prior_samples": 100})
     trainer.train()
     for log in step_logs(trainer):
@@ -702,5 +702,5 @@ def test_evidence_that_is_known(target: dict[str, Any], make: Make) -> None:
     trainer = make("dpg", target, {"partition": "known", "num_prior_samples": 200})
     trainer.train()
     log_z = step_logs(trainer)[0]["posterior/log_z"]
-    # log(1/4) without ties; -0.0 where tau normalises
+    # log(1/4) without ties; -0.0 where tau normalizes
     assert log_z == pytest.approx(0.0 if target["name"] == "chi_squared" else -1.386, abs=0.1)

@@ -18,7 +18,7 @@ from trl_bayes import (
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
 )
-from trl_bayes.diagnostics.tiny import build_tiny_model, letter_count_task
+from trl_bayes.benchmarks.tiny import build_tiny_model, letter_count_task
 from trl_bayes.targets import Constraint, Product, Target, Tilt
 
 
@@ -213,18 +213,18 @@ class BadTarget(Target):
         super().__init__()
         self.phi = phi
 
-    def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
         return self.phi(rewards) if callable(self.phi) else self.phi
 
 
 @pytest.mark.parametrize(
     ("phi", "message"),
     [
-        (lambda rewards: rewards, r"returned \(8, 1\) as log-evidence: return one value per completion"),
-        (lambda rewards: rewards[:3, 0], r"returned \(3,\) as log-evidence"),
-        (lambda rewards: rewards[:, 0].tolist(), "returned list as log-evidence"),
-        (lambda rewards: rewards[:, 0] + torch.inf, r"returned \+inf as log-evidence"),
-        (lambda rewards: rewards[:, 0] - torch.inf, "returned -inf as log-evidence, where reverse_kl is infinite"),
+        (lambda rewards: rewards, r"returned \(8, 1\) as log-potential: return one value per completion"),
+        (lambda rewards: rewards[:3, 0], r"returned \(3,\) as log-potential"),
+        (lambda rewards: rewards[:, 0].tolist(), "returned list as log-potential"),
+        (lambda rewards: rewards[:, 0] + torch.inf, r"returned \+inf as log-potential"),
+        (lambda rewards: rewards[:, 0] - torch.inf, "returned -inf as log-potential, where reverse_kl is infinite"),
     ],
 )
 def test_target_that_returns_nonsense(model_path: str, tmp_path: Path, phi: Any, message: str) -> None:

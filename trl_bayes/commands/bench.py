@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import HfArgumentParser
 
-from ..diagnostics import embedded_benchmark, exact_benchmark
-from ..diagnostics.benchmark_figure import Curve, Panel, divergence_figure
-from ..diagnostics.embedded_benchmark import EmbeddedRun
-from ..diagnostics.evaluate import Evaluation
-from ..diagnostics.exact_benchmark import Method, Problem, Run
-from ..diagnostics.learning_curve import log_spaced
+from ..benchmarks import embedded_benchmark, exact_benchmark
+from ..benchmarks.benchmark_figure import Curve, Panel, divergence_figure
+from ..benchmarks.embedded_benchmark import EmbeddedRun
+from ..benchmarks.exact_benchmark import Method, Problem, Run
+from ..benchmarks.learning_curve import log_spaced
+from ..command_line.parser import nearest
+from ..evaluation.evaluate import Evaluation
 from . import bench_step
 from .env import environment
-from .parser import nearest
 
 
 T = TypeVar("T")

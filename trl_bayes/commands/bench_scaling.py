@@ -10,8 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import HfArgumentParser
 
-from ..diagnostics.exact_benchmark import Method, methods, problems
-from ..diagnostics.step_benchmark import Clock, ProcessorClock, StepSize, build_model, ratio_cells, train
+from ..benchmarks.exact_benchmark import Method, methods, problems
+from ..benchmarks.step_benchmark import Clock, ProcessorClock, StepSize, build_model, ratio_cells, train
 
 
 _YARDSTICK = "TRL GRPOTrainer"
@@ -21,7 +21,7 @@ _YARDSTICK = "TRL GRPOTrainer"
 class ScalingArguments(StepSize):
     r"""
     Arguments of the scaling benchmark, which `accelerate launch -m trl_bayes.commands.bench_scaling` starts, besides
-    the [`~trl_bayes.diagnostics.step_benchmark.StepSize`].
+    the [`~trl_bayes.benchmarks.step_benchmark.StepSize`].
 
     All trainers are measured in the same processes, and rounds take them in turn, forwards and backwards, so a slow
     spell of the machine falls on all of them. What is compared is whole steps: sampling, rewards, scoring and update.

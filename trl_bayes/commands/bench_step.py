@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import HfArgumentParser
 
-from ..diagnostics.exact_benchmark import methods, problems
-from ..diagnostics.step_benchmark import Clock, StepSize, build_model, ratio_cells, train
+from ..benchmarks.exact_benchmark import methods, problems
+from ..benchmarks.step_benchmark import Clock, StepSize, build_model, ratio_cells, train
 
 
 YARDSTICK = "TRL RLOOTrainer"
@@ -27,7 +27,7 @@ _METHODS = {method.name: method for method in methods(problems()["letters"])}
 @dataclass
 class StepArguments(StepSize):
     r"""
-    Arguments of the step benchmark, besides the [`~trl_bayes.diagnostics.step_benchmark.StepSize`].
+    Arguments of the step benchmark, besides the [`~trl_bayes.benchmarks.step_benchmark.StepSize`].
 
     Each measurement is a process of its own, so peak memory is that of one trainer; rounds take the trainers in turn,
     so a slow spell of the machine falls on all of them.

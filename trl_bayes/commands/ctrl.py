@@ -1,7 +1,7 @@
 """Train by InfAlign-CTRL: for policies of which the best, or the worst, of N completions counts."""
 
+from ..command_line.training import run
 from ..trainers.ctrl import CTRLTrainer
-from .training import run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Train by DPG: forward KL to the posterior, for hard evidence and reused samples."""
 
+from ..command_line.training import run
 from ..trainers.dpg import DPGTrainer
-from .training import run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,18 @@ from rich.table import Table
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ..assets import embedded_path
-from ..diagnostics.evaluate import (
+from ..command_line.parser import RecipeParser
+from ..command_line.problem import (
+    PosteriorArguments,
+    Problem,
+    load_model,
+    load_problem,
+    model_config,
+    prepare_folder,
+    progress,
+    read_arguments,
+)
+from ..evaluation.evaluate import (
     Evaluation,
     Posterior,
     PosteriorMethod,
@@ -29,7 +40,7 @@ from ..diagnostics.evaluate import (
     evaluate_posterior,
     evaluate_prior,
 )
-from ..diagnostics.report import (
+from ..evaluation.report import (
     DIVERSITY_COLUMNS,
     Column,
     Report,
@@ -40,20 +51,9 @@ from ..diagnostics.report import (
     tabulate,
     write_evaluation,
 )
-from ..samplers import largest_log_evidence
+from ..language_models.vocabulary import check_same_vocabulary
+from ..samplers import largest_log_potential
 from ..samplers.base import at_least
-from ..vocabulary import check_same_vocabulary
-from .parser import RecipeParser
-from .problem import (
-    PosteriorArguments,
-    Problem,
-    load_model,
-    load_problem,
-    model_config,
-    prepare_folder,
-    progress,
-    read_arguments,
-)
 
 
 _METHODS: dict[str, PosteriorMethod | None] = {"auto": None, "rejection": "rejection", "importance": "importance"}
@@ -66,7 +66,7 @@ class EvaluateArguments(PosteriorArguments):
     r"""
     Arguments of `trl-bayes evaluate`.
 
-    This class includes only the parameters that are not in [`~trl_bayes.commands.problem.PosteriorArguments`].
+    This class includes only the parameters that are not in [`~trl_bayes.command_line.problem.PosteriorArguments`].
 
     Parameters:
         policies (`list[str]`):
@@ -80,7 +80,7 @@ class EvaluateArguments(PosteriorArguments):
             How averages over the posterior are taken, KL(p||pi) among them: `rejection` from exact samples, which
             needs a bound on the evidence, or `importance` from weighted samples of the prior. `auto` is rejection
             where the bound is known.
-        max_log_evidence (`float`, *optional*):
+        max_log_potential (`float`, *optional*):
             The largest phi that any completion can have, such as the largest reward over beta. A constraint's is 0.
         pass_at (`list[int]`, *optional*, defaults to `[1, 10, 100]`):
             k of each pass@k, for rewards of 0 and 1.
@@ -112,7 +112,7 @@ class EvaluateArguments(PosteriorArguments):
             "choices": list(_METHODS),
         },
     )
-    max_log_evidence: float | None = field(
+    max_log_potential: float | None = field(
         default=None,
         metadata={
             "help": "The largest phi of any completion, such as the largest reward over beta; a constraint's is known "
@@ -136,8 +136,8 @@ class EvaluateArguments(PosteriorArguments):
         at_least("num_reference_samples", self.num_reference_samples, 2)
         for k in self.pass_at:
             at_least("pass_at", k)
-        if self.max_log_evidence is not None and not math.isfinite(self.max_log_evidence):
-            raise ValueError(f"`max_log_evidence` must be finite, got {self.max_log_evidence}.")
+        if self.max_log_potential is not None and not math.isfinite(self.max_log_potential):
+            raise ValueError(f"`max_log_potential` must be finite, got {self.max_log_potential}.")
 
 
 class Job(NamedTuple):
@@ -147,7 +147,7 @@ class Job(NamedTuple):
     model: ModelConfig
     problem: Problem
     policies: dict[str, str]
-    max_log_evidence: float | None
+    max_log_potential: float | None
     folder: Path
 
 
@@ -205,11 +205,11 @@ def prepare(args: EvaluateArguments, model: ModelConfig, mixture: DatasetMixture
         check_same_vocabulary(
             f"policy {name!r}", path, configs[name], problem.prior.config, problem.tokenizer, args.trust_remote_code
         )
-    bound = largest_log_evidence(problem.target) if args.max_log_evidence is None else args.max_log_evidence
+    bound = largest_log_potential(problem.target) if args.max_log_potential is None else args.max_log_potential
     if args.method == "rejection" and bound is None:
         raise ValueError(
             f"`method=rejection` needs evidence with a known upper bound, which {problem.target!r} does not have: set "
-            "`max_log_evidence`, such as the largest reward over beta, or `method` to 'importance'."
+            "`max_log_potential`, such as the largest reward over beta, or `method` to 'importance'."
         )
     return Job(args, model, problem, policies, bound, folder)
 
@@ -267,7 +267,7 @@ def _posterior(job: Job, reference: Any) -> Posterior:
     return condition(
         reference,
         job.problem.target,
-        max_log_evidence=job.max_log_evidence,
+        max_log_potential=job.max_log_potential,
         reward_weights=job.problem.reward_weights,
         method=_METHODS[job.args.method],
         diversity_per_prompt=job.args.num_samples,
@@ -311,7 +311,7 @@ def _record(
 def _valid(posterior: Posterior, scored: Scored) -> torch.Tensor | None:
     """Whether each completion has evidence, where evidence is a matter of yes and no."""
     if posterior.target.hard:
-        return ~posterior.log_evidence(scored).isneginf()
+        return ~posterior.log_potential(scored).isneginf()
     return scored.rewards[:, 0] > 0.5 if _is_share(posterior) else None
 
 
@@ -355,7 +355,7 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
             "posterior": how,
             "log Z": of_prior.metrics["log_z"].to_dict(),
             "effective samples of the posterior": {"mean": ess.mean().item(), "min": ess.min().item()},
-            "largest log-evidence": job.max_log_evidence,
+            "largest log-potential": job.max_log_potential,
             "reward weights": args.reward_weights,
             "seed": args.seed,
             "torch": torch.__version__,

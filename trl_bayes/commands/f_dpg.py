@@ -1,7 +1,7 @@
 """Train by f-DPG: any divergence to the posterior, Jensen-Shannon by default."""
 
+from ..command_line.training import run
 from ..trainers.f_dpg import FDPGTrainer
-from .training import run
 
 
 def main(argv: list[str] | None = None) -> None:

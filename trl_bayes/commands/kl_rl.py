@@ -1,7 +1,7 @@
 """Train by KL-RL: reinforcement learning with a KL penalty, and its exact optimum."""
 
+from ..command_line.training import run
 from ..trainers.kl_rl import KLRLTrainer
-from .training import run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 from rich.progress import Progress
 from transformers import HfArgumentParser
 
-from ..diagnostics.calibrated_benchmark import Row, laws, run_law, to_markdown, write
+from ..benchmarks.calibrated_benchmark import Row, laws, run_law, to_markdown, write
 
 
 @dataclass

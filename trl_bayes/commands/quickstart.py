@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from ..assets import embedded_path, shipped_file
-from ..diagnostics.evaluate import (
+from ..evaluation.evaluate import (
     Estimate,
     Posterior,
     Scored,
@@ -34,7 +34,7 @@ from ..diagnostics.evaluate import (
     evaluate_posterior,
     evaluate_prior,
 )
-from ..diagnostics.report import CurvePoint, Report, RunRecord, choose_lines, write_report
+from ..evaluation.report import CurvePoint, Report, RunRecord, choose_lines, write_report
 from ..rewards import parses
 from ..targets import Constraint
 
@@ -86,7 +86,7 @@ class QuickstartArguments:
         output_dir (`str`, *optional*, defaults to `"runs/quickstart"`):
             Where the models, `metrics.json` and `report.html` are written.
         quick (`bool`, *optional*, defaults to `False`):
-            A run of about a minute, with less training and fewer samples: everything works, little is learnt.
+            A run of about a minute, with less training and fewer samples: everything works, little is learned.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to start again where `output_dir` holds a finished quickstart.
         seed (`int`, *optional*, defaults to `0`):

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: code 2 after one sentence on stderr, for what cannot be read, compared or written.
     """
     args = _parser().parse_args(argv)
-    from ..diagnostics.report import merge_reports, read_report, write_report  # after the parser: it imports torch
+    from ..evaluation.report import merge_reports, read_report, write_report  # after the parser: it imports torch
 
     folder = Path(args.output_dir)
     try:

@@ -15,12 +15,8 @@ from rich.table import Table
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ..assets import embedded_path
-from ..samplers import METHODS, Draws, Method, Sampler, SamplingError
-from ..samplers.base import at_least
-from ..targets import build_target
-from ..targets.base import weighted_sum
-from .parser import RecipeParser
-from .problem import (
+from ..command_line.parser import RecipeParser
+from ..command_line.problem import (
     PosteriorArguments,
     Problem,
     load_model,
@@ -30,6 +26,10 @@ from .problem import (
     progress,
     read_arguments,
 )
+from ..samplers import METHODS, Draws, Method, Sampler, SamplingError
+from ..samplers.base import at_least
+from ..targets import build_target
+from ..targets.base import weighted_sum
 
 
 DATA = "train.parquet"
@@ -45,7 +45,7 @@ class SampleArguments(PosteriorArguments):
     r"""
     Arguments of `trl-bayes sample`.
 
-    This class includes only the parameters that are not in [`~trl_bayes.commands.problem.PosteriorArguments`]; the
+    This class includes only the parameters that are not in [`~trl_bayes.command_line.problem.PosteriorArguments`]; the
     options of a method are the fields of its class in [`trl_bayes.samplers`].
 
     Parameters:
@@ -84,7 +84,7 @@ class SampleArguments(PosteriorArguments):
     )
 
     num_candidates: int | None = _option("best_of_n", "N (4).")
-    max_log_evidence: float | None = _option(
+    max_log_potential: float | None = _option(
         "rejection, smc", "the largest phi of any completion; a constraint's is known to be 0."
     )
     max_attempts: int | None = _option(

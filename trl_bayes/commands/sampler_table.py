@@ -11,8 +11,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import HfArgumentParser
 
+from ..benchmarks.sampler_benchmark import BETA, COLUMNS, Row, cells, load_problem, run_all, write
 from ..samplers.base import at_least
-from ..samplers.benchmark import BETA, COLUMNS, Row, cells, load_problem, run_all, write
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Train by trajectory balance: off-policy, with any divergence to the posterior."""
 
+from ..command_line.training import run
 from ..trainers.trajectory_balance import TrajectoryBalanceTrainer
-from .training import run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..diagnostics.evaluate import draw_prior
-from ..diagnostics.samples import Prompt, RewardFunction
+from ..evaluation.evaluate import draw_prior
+from ..language_models.samples import Prompt, RewardFunction
+from ..language_models.vocabulary import check_same_vocabulary
 from ..targets import PriorScores, Target
-from ..vocabulary import check_same_vocabulary
 from .language_model import LanguageModelSource
 from .source import Candidates, CompletionSource, check_support, concatenate
 
@@ -42,7 +42,7 @@ class Draws:
             (M,) float64, in nats, up to a constant for each prompt: weighted by them, the draws approximate the
             posterior better than the law they were drawn from. 0 where there is nothing to correct.
         rewards (`torch.Tensor`): (M, K) float64; NaN where a reward is missing.
-        phi (`torch.Tensor`): (M,) float64, log-evidence in nats.
+        phi (`torch.Tensor`): (M,) float64, log-potential in nats.
         diagnostics (`dict[str, Any]`): what the method says about its draws; strict JSON.
     """
 
@@ -65,7 +65,7 @@ class Draws:
         A data set in TRL's prompt-completion format, which [`~trl.SFTTrainer`] reads as it is.
 
         The columns are `prompt`, `completion` (a list with the assistant's message where the prompt is one of
-        messages), `log_weight`, `rewards` (a list, null where one is missing), `log_evidence` and `ended`.
+        messages), `log_weight`, `rewards` (a list, null where one is missing), `log_potential` and `ended`.
 
         From texts `SFTTrainer` makes tokens again, which need not be those that were drawn, and it ends each
         completion with EOS, also one that was cut.
@@ -88,7 +88,7 @@ class Draws:
             "completion": completions,
             "log_weight": self.log_weights.tolist(),
             "rewards": [[None if math.isnan(value) else value for value in row] for row in self.rewards.tolist()],
-            "log_evidence": self.phi.tolist(),
+            "log_potential": self.phi.tolist(),
             "ended": self.ended.tolist(),
         }
         if tokens:
@@ -128,7 +128,7 @@ class Sampler:
 
         sampler = Sampler(prior, tokenizer, [parses], Constraint(), Rejection(), max_new_tokens=32)
         draws = sampler.sample(["x = ", "return "], n=100)
-        draws.to_dataset()  # for `SFTTrainer`: maximum likelihood on posterior samples minimises KL(p||pi)
+        draws.to_dataset()  # for `SFTTrainer`: maximum likelihood on posterior samples minimizes KL(p||pi)
 
     Args:
         prior ([`~transformers.PreTrainedModel`]): pi_0.

@@ -47,7 +47,7 @@ class BestOfN(Method):
         diagnostics = {
             "num_candidates": size,
             "kl_to_proposal_at_most": kl_of_best_of_n(size),
-            "log_evidence": {"proposal": _mean(phi), "best": _mean(best.values)},
+            "log_potential": {"proposal": _mean(phi), "best": _mean(best.values)},
         }
         return as_draws(source, drawn.select(chosen[found]), diagnostics)
 

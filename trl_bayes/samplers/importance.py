@@ -7,7 +7,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..diagnostics.evaluate import log_partition_estimate, log_partition_per_prompt
+from ..evaluation.evaluate import estimate_log_z, log_z_per_prompt
 from .base import Draws, Method, as_draws
 from .source import Candidates, CompletionSource
 
@@ -35,16 +35,16 @@ def weight_diagnostics(source: CompletionSource, candidates: Candidates) -> dict
 
 
 def evidence(log_weights: Tensor, prompt_index: Tensor, num_prompts: int) -> dict[str, Any]:
-    """`log Z` as [`~trl_bayes.diagnostics.evaluate.Estimate`], and the smallest effective number of samples.
+    """`log Z` as [`~trl_bayes.evaluation.evaluate.Estimate`], and the smallest effective number of samples.
 
     Args:
         log_weights (`torch.Tensor`): (N,) in nats.
         prompt_index (`torch.Tensor`): (N,) int64.
         num_prompts (`int`): P.
     """
-    partition = log_partition_per_prompt(log_weights, prompt_index, num_prompts)
+    partition = log_z_per_prompt(log_weights, prompt_index, num_prompts)
     return {
-        "log_z": log_partition_estimate(log_weights, prompt_index, num_prompts).to_dict(),
+        "log_z": estimate_log_z(log_weights, prompt_index, num_prompts).to_dict(),
         "effective_samples": {
             "mean": partition.effective_samples.mean().item(),
             "min": partition.effective_samples.min().item(),

@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..diagnostics.samples import Prompt, RewardFunction, Samples, log_probs, score
-from ..generation import evaluating, find_stop_ids, generate, seeded, tokenize_prompt
+from ..language_models.generation import evaluating, find_stop_ids, generate, seeded, tokenize_prompt
+from ..language_models.samples import Prompt, RewardFunction, Samples, log_probs, score
 from ..targets import Context, Target
 from .source import Candidates, CompletionSource, SamplingError
 
@@ -25,7 +25,7 @@ class LanguageModelSource(CompletionSource):
     Args:
         prior ([`~transformers.PreTrainedModel`]): pi_0.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the prior and the proposal.
-        reward_funcs (`list`): see [`~trl_bayes.diagnostics.samples.score`].
+        reward_funcs (`list`): see [`~trl_bayes.language_models.samples.score`].
         target ([`~trl_bayes.targets.Target`]): bound to these rewards.
         prompts (`list`): texts, or lists of messages.
         proposal ([`~transformers.PreTrainedModel`], *optional*): q. Defaults to the prior.
@@ -123,7 +123,7 @@ class LanguageModelSource(CompletionSource):
             log_ratio = log_prior - self._log_probs(self.proposal, samples)
         phi = self.target(rewards, Context(log_prior, self.prompt_keys[prompt_index])).double()
         if phi.isposinf().any():
-            raise SamplingError(f"The target {self.target!r} gives infinite log-evidence: it must be below +inf.")
+            raise SamplingError(f"The target {self.target!r} gives infinite log-potential: it must be below +inf.")
         return Candidates(prompt_index, completion_ids, samples.texts, samples.ended, log_ratio, rewards, phi)
 
     def _log_probs(self, model: PreTrainedModel, samples: Samples) -> Tensor:

@@ -21,7 +21,7 @@ class MetropolisHastings(Method):
     """
     Markov chains whose stationary law is the posterior; their error falls with the number of steps.
 
-    With `w = P/q`, in which the normalisation of the posterior cancels, and L the number of tokens, EOS included:
+    With `w = P/q`, in which the normalization of the posterior cancels, and L the number of tokens, EOS included:
 
     - `independence`: propose `y' ~ q`, accept with `min(1, w(y')/w(y))`. With the prior as the proposal that is
       `min(1, exp(phi' - phi))`. If `w <= M Z`, the total variation after s steps is at most `(1 - 1/M)^s`.
@@ -85,7 +85,7 @@ class MetropolisHastings(Method):
         """How well the chains have settled and mix, from phi and lengths (S, 2, P * C) of their second half."""
         num_steps, _, num_states = trace.shape
         second_half = trace.view(num_steps, 2, num_prompts, num_states // num_prompts)[num_steps // 2 :]
-        quantities = {"log_evidence": second_half[:, 0], "length": second_half[:, 1]}
+        quantities = {"log_potential": second_half[:, 0], "length": second_half[:, 1]}
         return {
             "kernel": self.kernel,
             "num_steps": num_steps,
@@ -163,7 +163,7 @@ def autocorrelation_time(values: Tensor) -> float:
     """
     Integrated autocorrelation time in steps, `1 + 2 sum_t rho_t`: so many steps are worth one independent draw.
 
-    The sum ends, after Geyer, where the sum of two neighbouring autocorrelations is no longer positive. The mean is
+    The sum ends, after Geyer, where the sum of two neighboring autocorrelations is no longer positive. The mean is
     that of all chains, so that chains which never meet show a long time too.
 
     Args:
@@ -175,13 +175,13 @@ def autocorrelation_time(values: Tensor) -> float:
     length = len(values)
     if length < 4 or not values.isfinite().all():
         return math.nan
-    centred = values - values.mean()
-    variance = centred.square().mean().item()
+    centered = values - values.mean()
+    variance = centered.square().mean().item()
     if variance == 0:
         return math.nan
     time = -1.0
     for lag in range(0, length - 1, 2):
-        pair = [(centred[: length - k] * centred[k:]).mean().item() / variance for k in (lag, lag + 1)]
+        pair = [(centered[: length - k] * centered[k:]).mean().item() / variance for k in (lag, lag + 1)]
         if sum(pair) <= 0:
             break
         time += 2 * sum(pair)

@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..diagnostics.evaluate import MIN_EFFECTIVE_SAMPLES, Estimate
+from ..evaluation.evaluate import MIN_EFFECTIVE_SAMPLES, Estimate
 from .base import Draws, Method, as_draws, at_least
 from .importance import evidence
 from .rejection import accept_until

@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..diagnostics.evaluate import log_partition_estimate
+from ..evaluation.evaluate import estimate_log_z
 from ..targets import Constraint, LogSigmoidCentered, Product, Target, Tempered
 from .base import Draws, Method, as_draws, at_least, gather
 from .source import Candidates, CompletionSource, SamplingError
@@ -21,16 +21,16 @@ _MOST_PER_ROUND = 4096  # completions of one prompt that are held at once
 @dataclass(frozen=True)
 class Rejection(Method):
     """
-    Keeps a completion of the prior with probability `exp(phi - max_log_evidence)`: independent, exact samples of p.
+    Keeps a completion of the prior with probability `exp(phi - max_log_potential)`: independent, exact samples of p.
 
-    The acceptance rate is `Z exp(-max_log_evidence)`: for a [`~trl_bayes.targets.Constraint`], the prior's probability
-    of the event. log Z is estimated from all completions that were drawn; since drawing stops when enough are
-    accepted, with a relative bias of order 1/n.
+    The acceptance rate is `Z exp(-max_log_potential)`: for a [`~trl_bayes.targets.Constraint`], the prior's
+    probability of the event. log Z is estimated from all completions that were drawn; since drawing stops when enough
+    are accepted, with a relative bias of order 1/n.
 
     Args:
-        max_log_evidence (`float`, *optional*):
+        max_log_potential (`float`, *optional*):
             The largest `phi` that any completion can have, for instance the largest reward over beta. It need not be
-            given where the target has a bound of its own, see [`largest_log_evidence`].
+            given where the target has a bound of its own, see [`largest_log_potential`].
         max_attempts (`int`, *optional*, defaults to `1000`):
             For each draw that is asked for, at most so many completions are drawn. A prompt whose evidence is rarer
             than that gets fewer draws.
@@ -38,13 +38,13 @@ class Rejection(Method):
 
     name: ClassVar[str] = "rejection"
 
-    max_log_evidence: float | None = None
+    max_log_potential: float | None = None
     max_attempts: int = 1000
 
     def __post_init__(self) -> None:
         at_least("max_attempts", self.max_attempts)
-        if self.max_log_evidence is not None and not math.isfinite(self.max_log_evidence):
-            raise ValueError(f"`max_log_evidence` must be finite, got {self.max_log_evidence}.")
+        if self.max_log_potential is not None and not math.isfinite(self.max_log_potential):
+            raise ValueError(f"`max_log_potential` must be finite, got {self.max_log_potential}.")
 
     def check(self, target: Target, has_proposal: bool) -> None:
         self.bound(target)
@@ -56,17 +56,17 @@ class Rejection(Method):
 
     def bound(self, target: Target) -> float:
         """
-        `max_log_evidence`, or the target's own.
+        `max_log_potential`, or the target's own.
 
         Raises:
             ValueError: neither is known.
         """
-        if self.max_log_evidence is not None:
-            return self.max_log_evidence
-        bound = largest_log_evidence(target)
+        if self.max_log_potential is not None:
+            return self.max_log_potential
+        bound = largest_log_potential(target)
         if bound is None:
             raise ValueError(
-                f"Rejection needs evidence with a known upper bound, and {target!r} has none: set `max_log_evidence` "
+                f"Rejection needs evidence with a known upper bound, and {target!r} has none: set `max_log_potential` "
                 "to the largest phi that a completion can have (for a tilt, the largest reward over beta), or use "
                 "quasi-rejection."
             )
@@ -79,18 +79,18 @@ class Rejection(Method):
             highest = candidates.log_weights.max().item()
             if highest > bound + 1e-9:
                 raise SamplingError(
-                    f"A completion has the log-evidence {highest:.6g}, above `max_log_evidence={bound:.6g}`: set it "
+                    f"A completion has the log-potential {highest:.6g}, above `max_log_potential={bound:.6g}`: set it "
                     "to the largest that any completion can have."
                 )
             return candidates.log_weights - bound
 
         wanted = torch.full((len(source.prompts),), n)
         found = accept_until(source, wanted, log_accept, self.max_attempts, rng, from_prior=True)
-        log_z = log_partition_estimate(found.log_weights, found.prompt_index, len(source.prompts), bound)
+        log_z = estimate_log_z(found.log_weights, found.prompt_index, len(source.prompts), bound)
         return as_draws(
             source,
             found.accepted,
-            {**found.diagnostics(), "max_log_evidence": bound, "log_z": log_z.to_dict()},
+            {**found.diagnostics(), "max_log_potential": bound, "log_z": log_z.to_dict()},
             n=n,
         )
 
@@ -160,7 +160,7 @@ def accept_until(
     return Accepted(found, torch.cat(weights), torch.cat(indices), attempts, acceptances, num_unscored)
 
 
-def largest_log_evidence(target: Target) -> float | None:
+def largest_log_potential(target: Target) -> float | None:
     """
     The largest `phi` that a target can give, where it is known from the target alone; else `None`.
 
@@ -168,7 +168,7 @@ def largest_log_evidence(target: Target) -> float | None:
     [`~trl_bayes.targets.Tempered`] with `a` of at least 1; and for a product the sum, if each factor has one.
     """
     if isinstance(target, Product):
-        bounds = [largest_log_evidence(factor) for factor in target.factors]
+        bounds = [largest_log_potential(factor) for factor in target.factors]
         known = [bound for bound in bounds if bound is not None]
         return sum(known) if len(known) == len(bounds) else None
     if isinstance(target, Constraint | LogSigmoidCentered) or (isinstance(target, Tempered) and target.a >= 1):

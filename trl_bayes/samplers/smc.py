@@ -9,8 +9,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..diagnostics.evaluate import Estimate, log_partition_estimate, stratified_mean
-from ..diagnostics.samples import Prompt
+from ..evaluation.evaluate import Estimate, estimate_log_z, stratified_mean
+from ..language_models.samples import Prompt
 from ..targets import Product, Target
 from .base import Draws, Method, as_draws, at_least, gather
 from .rejection import Rejection
@@ -25,7 +25,7 @@ Twist = Callable[[list[Prompt], list[str]], Sequence[float] | Tensor]
 class HasPartialEvidence(Protocol):
     """A target that can say something about unfinished completions."""
 
-    def partial_log_evidence(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
+    def partial_log_potential(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
         """`log psi` (M,), in nats: a guess of how much evidence a completion that begins so will have.
 
         Any guess leaves the result correct, as long as it is `-inf` only where no continuation can have evidence.
@@ -56,7 +56,7 @@ class SequentialMonteCarlo(Method):
         tokens_per_step (`int`, *optional*, defaults to `4`): tokens between two looks at the weights.
         ess_threshold (`float`, *optional*, defaults to `0.5`): in [0, 1]; 0 never resamples before the end.
         twist (`str` or `Callable`, *optional*, defaults to `"target"`):
-            `"target"` is the target's own `partial_log_evidence`, summed over the factors of a product that have one.
+            `"target"` is the target's own `partial_log_potential`, summed over the factors of a product that have one.
             Without any there is none: importance sampling, with one resampling at the end. `"rewards"` is the
             target's `phi` of the unfinished text, for rewards that grow as it is written; not for a hard target. A
             function gives `log psi` from prompts and texts.
@@ -65,7 +65,7 @@ class SequentialMonteCarlo(Method):
         upper_bound (`bool`, *optional*, defaults to `False`):
             Whether to make as many conditional runs, for the upper bound on log Z. Their exact samples come from
             rejection, so the evidence must be bounded.
-        max_log_evidence (`float`, *optional*): as for [`Rejection`]; used for `upper_bound`.
+        max_log_potential (`float`, *optional*): as for [`Rejection`]; used for `upper_bound`.
     """
 
     name: ClassVar[str] = "smc"
@@ -76,7 +76,7 @@ class SequentialMonteCarlo(Method):
     twist: str | Twist = "target"
     draws_per_run: int | None = None
     upper_bound: bool = False
-    max_log_evidence: float | None = None
+    max_log_potential: float | None = None
 
     def __post_init__(self) -> None:
         at_least("num_particles", self.num_particles)
@@ -95,7 +95,7 @@ class SequentialMonteCarlo(Method):
                 "that can still become good: leave it out, or give a function as the twist."
             )
         if self.upper_bound:
-            Rejection(self.max_log_evidence).bound(target)
+            Rejection(self.max_log_potential).bound(target)
 
     def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Draws:
         per_run = self.num_particles if self.draws_per_run is None else min(self.draws_per_run, n)
@@ -160,13 +160,13 @@ class SequentialMonteCarlo(Method):
             "num_resamplings_per_run": runs.num_resamplings.double().mean().item(),
             "effective_share_at_the_end": _effective_share(runs.log_weights).mean().item(),
             "num_runs_without_evidence": int(runs.log_z.isneginf().sum()),
-            "log_z": log_partition_estimate(runs.log_z, prompt_index, num_prompts).to_dict(),
+            "log_z": estimate_log_z(runs.log_z, prompt_index, num_prompts).to_dict(),
             "log_z_lower": stratified_mean(runs.log_z, prompt_index, num_prompts).to_dict(),
         }
 
     def _upper_bound(self, source: CompletionSource, num_runs: int, rng: numpy.random.Generator) -> Estimate:
         """`E[log Z_hat]` of conditional runs."""
-        exact = Rejection(self.max_log_evidence).draw(source, num_runs, rng)
+        exact = Rejection(self.max_log_potential).draw(source, num_runs, rng)
         if not len(exact):
             return Estimate(math.nan, trusted=False, note="rejection found no exact sample")
         runs = self.run(source, exact.prompt_index, rng, exact.completion_ids)
@@ -204,7 +204,7 @@ def _values(source: CompletionSource, twist: str | Twist) -> ValueFunction | Non
 def partial_evidence(target: Target) -> Twist | None:
     """What a target says of unfinished completions; of a product, the sum over the factors that say something."""
     if isinstance(target, HasPartialEvidence):
-        return target.partial_log_evidence
+        return target.partial_log_potential
     if not isinstance(target, Product):
         return None
     parts = [part for part in map(partial_evidence, target.factors) if part is not None]

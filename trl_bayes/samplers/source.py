@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diagnostics.samples import Prompt
+from ..language_models.samples import Prompt
 from ..targets import Target
 
 
@@ -32,7 +32,7 @@ class Candidates:
         ended (`torch.Tensor`): (M,) bool, False for a completion without EOS.
         log_ratio (`torch.Tensor`): (M,) float64, `log pi_0 - log q` in nats; 0 where the proposal q is the prior.
         rewards (`torch.Tensor`): (M, K) float64; NaN where a reward is missing.
-        phi (`torch.Tensor`): (M,) float64, log-evidence in nats; NaN for a completion without any reward.
+        phi (`torch.Tensor`): (M,) float64, log-potential in nats; NaN for a completion without any reward.
     """
 
     prompt_index: Tensor

@@ -1,6 +1,7 @@
-"""Targets: which posterior to approximate. Each turns rewards into log-evidence phi; none knows a trainer."""
+"""Targets: which posterior to approximate. Each turns rewards into log-potential phi; none knows a trainer."""
 
-from .base import Context, Target
+from ..prior import Context, LogZEstimate, PriorScores, PromptTable, log_z_from_prior
+from .base import Target
 from .build import build_target
 from .calibrated import Calibrated
 from .chi_squared import ChiSquared
@@ -8,7 +9,6 @@ from .constraint import Constraint
 from .contract import assert_target_contract
 from .log_sigmoid import LogSigmoidCentered
 from .moments import Moments
-from .prior_scores import PartitionEstimate, PriorScores, PromptTable, prior_log_partition
 from .product import Product
 from .tempered import Tempered
 from .tilt import Tilt
@@ -33,7 +33,7 @@ __all__ = [
     "Context",
     "LogSigmoidCentered",
     "Moments",
-    "PartitionEstimate",
+    "LogZEstimate",
     "PriorScores",
     "Product",
     "PromptTable",
@@ -49,6 +49,6 @@ __all__ = [
     "ctrl_best_of_n",
     "ctrl_worst_of_n",
     "identity",
-    "prior_log_partition",
+    "log_z_from_prior",
     "worst_of_n",
 ]

@@ -1,23 +1,12 @@
-"""What a target is: log-evidence phi(x, y) computed from rewards."""
+"""What a target is: log-potential phi(x, y) computed from rewards."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 
-
-if TYPE_CHECKING:
-    from .prior_scores import PriorScores
-
-
-class Context(NamedTuple):
-    """What some targets must know of `N` completions besides their rewards; see `Target.needs_context`."""
-
-    log_prior: torch.Tensor
-    """`log pi_0(y|x)` of shape `(N,)`, in nats, at the sampling temperature."""
-    prompt_key: torch.Tensor
-    """Which prompt each completion belongs to: int64 of shape `(N,)`, the keys of [`PriorScores`]."""
+from ..prior import Context, PriorScores
 
 
 def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,15 +28,15 @@ class Target(ABC):
     """
     A distribution to approximate: the prior updated by evidence, `p(y|x) ∝ pi_0(y|x) exp(phi(x, y))`.
 
-    A target turns the rewards of a completion into its log-evidence `phi` in nats. It knows no model and no trainer;
+    A target turns the rewards of a completion into its log-potential `phi` in nats. It knows no model and no trainer;
     the trainer tells it the names and weights of the reward functions with [`~Target.bind`] before it is used. See
     [RL with KL penalties is better viewed as Bayesian inference](https://huggingface.co/papers/2205.11275).
 
     Write your own by subclassing, and check it with [`assert_target_contract`]:
 
-    - implement `log_evidence(rewards)`, and set `hard = True` if `phi` can be `-inf`. For most targets this is all.
+    - implement `log_potential(rewards)`, and set `hard = True` if `phi` can be `-inf`. For most targets this is all.
     - If `phi` depends on the prompt or on the prior's probability, set `needs_context = True` and implement
-      `log_evidence(rewards, context=None)`: it is then called with a [`Context`].
+      `log_potential(rewards, context=None)`: it is then called with a [`Context`].
     - If it learns from the prior, set `needs_prior_samples = True` and implement [`~Target.fit`],
       [`~Target.is_fitted`], [`~Target.state_dict`] and [`~Target.load_state_dict`].
 
@@ -66,13 +55,13 @@ class Target(ABC):
     """Whether `phi` depends on rewards, so that a completion without any cannot be scored."""
 
     needs_context: bool = False
-    """Whether `log_evidence` takes a [`Context`] as its second argument."""
+    """Whether `log_potential` takes a [`Context`] as its second argument."""
 
     needs_prior_samples: bool = False
     """Whether [`~Target.fit`] must be called with scored samples of the prior before the target is used."""
 
     fits_under_others: bool = False
-    """Whether what is learnt depends on the other factors of a [`Product`]: it is then fitted last, under theirs."""
+    """Whether what is learned depends on the other factors of a [`Product`]: it is then fitted last, under theirs."""
 
     def __init__(self, rewards: str | Sequence[str] | None = None):
         self.rewards = [rewards] if isinstance(rewards, str) else None if rewards is None else list(rewards)
@@ -87,9 +76,9 @@ class Target(ABC):
     # The evidence
 
     @abstractmethod
-    def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
         """
-        Log-evidence of each completion.
+        Log-potential of each completion.
 
         A target with `needs_context = True` takes a second argument, `context: Context | None = None`.
 
@@ -103,11 +92,11 @@ class Target(ABC):
         """
 
     def __call__(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        """`phi` of shape `(N,)`, in nats: [`~Target.log_evidence`] with the context if this target needs it."""
+        """`phi` of shape `(N,)`, in nats: [`~Target.log_potential`] with the context if this target needs it."""
         if not self.needs_context:
-            return self.log_evidence(rewards)
+            return self.log_potential(rewards)
         # One signature in the base class, so that targets without a context need not mention it
-        return self.log_evidence(rewards, self.require_context(context))  # type: ignore[call-arg]
+        return self.log_potential(rewards, self.require_context(context))  # type: ignore[call-arg]
 
     def require_context(self, context: Context | None) -> Context:
         """The context, which a target that needs it must have been given."""
@@ -162,9 +151,9 @@ class Target(ABC):
         return weighted_sum(self.select(rewards), self.select_weights(rewards))
 
     # ---------------------------------------------------------------------------------------------------------------
-    # What is learnt from the prior
+    # What is learned from the prior
 
-    def fit(self, prior: "PriorScores") -> None:  # noqa: B027 - nothing to learn by default
+    def fit(self, prior: PriorScores) -> None:  # noqa: B027 - nothing to learn by default
         """
         Learns from samples of the prior that the bound reward functions have scored.
 
@@ -177,7 +166,7 @@ class Target(ABC):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the target can be used: nothing is to be learnt, or it has been (by a fit or from a checkpoint)."""
+        """Whether the target can be used: nothing is to be learned, or it has been (by a fit or from a checkpoint)."""
         return not self.needs_prior_samples
 
     def require_fitted(self) -> None:
@@ -187,7 +176,7 @@ class Target(ABC):
                 f"Call `fit(prior_scores)` first: {type(self).__name__} learns from samples of the prior."
             )
 
-    def log_partition(self, keys: torch.Tensor) -> torch.Tensor | None:
+    def log_z(self, keys: torch.Tensor) -> torch.Tensor | None:
         """
         `log Z` of some prompts where it is known without sampling the policy, for `partition="known"`.
 
@@ -195,7 +184,7 @@ class Target(ABC):
             keys (`torch.Tensor`): prompt keys, int64 of shape `(P,)`.
 
         Returns:
-            `torch.Tensor`, *optional*: shape `(P,)` in nats, `NaN` for a prompt where nothing could be learnt; `None`
+            `torch.Tensor`, *optional*: shape `(P,)` in nats, `NaN` for a prompt where nothing could be learned; `None`
             for a target whose evidence has to be estimated.
         """
         return None
@@ -208,11 +197,11 @@ class Target(ABC):
     # Identity and state
 
     def settings(self) -> dict[str, Any]:
-        """What defines this target, for its `repr` and to recognise a checkpoint of another target."""
+        """What defines this target, for its `repr` and to recognize a checkpoint of another target."""
         return {} if self.rewards is None else {"rewards": self.rewards}
 
     def state_dict(self) -> dict[str, Any]:
-        """What this target has learnt and must survive a checkpoint; empty for a closed-form target."""
+        """What this target has learned and must survive a checkpoint; empty for a closed-form target."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - nothing to restore by default

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .base import Context
+from ..prior import Context
 from .per_prompt import PerPromptTarget
 from .transforms import Transform, build_transform
 
@@ -73,10 +73,10 @@ class Calibrated(PerPromptTarget):
             u[of_prompt] = ((less + less_or_equal) / 2 + 0.5) / (prior.isfinite().sum() + 1)
         return u
 
-    def log_evidence(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return (self.transform(self.calibrate(rewards, context)) / self.beta).to(rewards.dtype)
 
-    def log_partition(self, keys: torch.Tensor) -> torch.Tensor:
+    def log_z(self, keys: torch.Tensor) -> torch.Tensor:
         """
         `log Z`: mean of `exp(Phi/beta)` over the ranks that prior samples have among each other.
 

@@ -1,4 +1,4 @@
-"""The optimum of chi-squared-regularised RL."""
+"""The optimum of chi-squared-regularized RL."""
 
 import math
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from .base import Context
+from ..prior import Context
 from .per_prompt import PerPromptTarget
 
 
 class ChiSquared(PerPromptTarget):
     r"""
-    The optimum of chi-squared-regularised RL: `phi = log [1 + (r - tau(x)) / (2 beta)]_+`.
+    The optimum of chi-squared-regularized RL: `phi = log [1 + (r - tau(x)) / (2 beta)]_+`.
 
-    The maximiser of `E_pi[r] - beta chi2(pi||pi_0)` has a density ratio that is linear in the reward and zero where
+    The maximizer of `E_pi[r] - beta chi2(pi||pi_0)` has a density ratio that is linear in the reward and zero where
     that is negative, and `tau(x)` makes it sum to one, `E_{pi_0}[[1 + (r - tau)/(2 beta)]_+] = 1`
     (https://huggingface.co/papers/2407.13399 uses the same penalty with a KL term besides). The ratio grows linearly
     where [`Tilt`]'s grows exponentially. Completions with `r <= tau - 2 beta` get no probability, so divergences that
@@ -25,7 +25,7 @@ class ChiSquared(PerPromptTarget):
 
     Args:
         beta (`float`):
-            Regularisation, positive, in units of reward.
+            Regularization, positive, in units of reward.
         rewards (`str` or `list[str]`, *optional*):
             Names of the reward functions to sum, with the trainer's `reward_weights`. Defaults to all.
     """
@@ -35,20 +35,20 @@ class ChiSquared(PerPromptTarget):
     def __init__(self, beta: float, rewards: str | Sequence[str] | None = None):
         super().__init__(rewards)
         if not (math.isfinite(beta) and beta > 0):
-            raise ValueError(f"`ChiSquared` needs a positive finite `beta` (the regularisation), got {beta}.")
+            raise ValueError(f"`ChiSquared` needs a positive finite `beta` (the regularization), got {beta}.")
         self.beta = float(beta)
 
     def learn(self, rewards: torch.Tensor) -> torch.Tensor:
         """`tau` of each prompt, `(P,)` float64; `NaN` where no prior sample has a reward."""
-        return normalising_threshold(self.prior_totals(rewards), self.beta)
+        return normalizing_threshold(self.prior_totals(rewards), self.beta)
 
-    def log_evidence(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        tau = self.learnt(context).to(rewards.device)  # (N,)
+    def log_potential(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        tau = self.learned(context).to(rewards.device)  # (N,)
         ratio = 1 + (self.weighted_sum(rewards).double() - tau) / (2 * self.beta)
         return ratio.clamp(min=0).log().to(rewards.dtype)
 
-    def log_partition(self, keys: torch.Tensor) -> torch.Tensor:
-        """Zero for every prompt: `tau` normalises."""
+    def log_z(self, keys: torch.Tensor) -> torch.Tensor:
+        """Zero for every prompt: `tau` normalizes."""
         tau = self.table.lookup(keys)
         return torch.zeros_like(tau).masked_fill(tau.isnan(), torch.nan)
 
@@ -56,7 +56,7 @@ class ChiSquared(PerPromptTarget):
         return {"beta": self.beta, **super().settings()}
 
 
-def normalising_threshold(rewards: torch.Tensor, beta: float) -> torch.Tensor:
+def normalizing_threshold(rewards: torch.Tensor, beta: float) -> torch.Tensor:
     """
     The root `tau` of `mean_i [1 + (r_i - tau)/(2 beta)]_+ = 1` of each row, exact by sorting.
 
@@ -65,7 +65,7 @@ def normalising_threshold(rewards: torch.Tensor, beta: float) -> torch.Tensor:
 
     Args:
         rewards (`torch.Tensor`): shape `(P, N)`; `NaN` is left out.
-        beta (`float`): regularisation.
+        beta (`float`): regularization.
 
     Returns:
         `torch.Tensor`: shape `(P,)`, float64; `NaN` for a row without any reward.

@@ -33,7 +33,7 @@ class Constraint(Target):
             raise ValueError(f"`Constraint` needs a finite `threshold`, got {threshold}.")
         self.threshold = float(threshold)
 
-    def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
         selected = self.select(rewards)  # (N, K')
         missing = selected.isnan()
         holds = ((selected >= self.threshold) | missing).all(dim=1)  # a feature that does not apply cannot fail

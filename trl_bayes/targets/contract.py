@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .base import Context, Target
-from .prior_scores import PriorScores
+from ..prior import Context, PriorScores
+from .base import Target
 from .product import Product
 
 
@@ -116,10 +116,10 @@ def _check_values(target: Target, phi: torch.Tensor, rewards: torch.Tensor) -> N
 
 
 def _check_partition(target: Target, prior: PriorScores) -> None:
-    log_z = target.log_partition(prior.keys)
+    log_z = target.log_z(prior.keys)
     if log_z is not None:
-        _ensure(log_z.shape == prior.keys.shape, f"`log_partition` returns {tuple(log_z.shape)}, not one per prompt")
-        _ensure(bool(log_z.isfinite().all()), "`log_partition` is not finite")
+        _ensure(log_z.shape == prior.keys.shape, f"`log_z` returns {tuple(log_z.shape)}, not one per prompt")
+        _ensure(bool(log_z.isfinite().all()), "`log_z` is not finite")
 
 
 def _check_state(fresh: Target, fitted: Target, names: Sequence[str], prior: PriorScores) -> None:
@@ -130,7 +130,7 @@ def _check_state(fresh: Target, fitted: Target, names: Sequence[str], prior: Pri
     fresh.load_state_dict(torch.load(file, weights_only=True))
     _ensure(fresh.is_fitted, "`is_fitted` is False after `load_state_dict`: a resumed run would fit again")
     _ensure(
-        _same(prior.log_evidence(fresh), prior.log_evidence(fitted)),
+        _same(prior.log_potential(fresh), prior.log_potential(fitted)),
         "restored from its `state_dict` it gives other values",
     )
     _ensure(fresh.diagnostics() == fitted.diagnostics(), "restored from its `state_dict` it has other diagnostics")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .base import Context
+from ..prior import Context
 from .per_prompt import PerPromptTarget
 
 
@@ -45,10 +45,10 @@ class LogSigmoidCentered(PerPromptTarget):
         # Prompt by prompt: torch's quantile has a largest input
         return torch.stack([self.select(each).nanquantile(self.quantile, dim=0) for each in rewards])
 
-    def log_evidence(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        centred = self.select(rewards) - self.learnt(context).to(rewards)  # (N, K')
-        total = torch.nn.functional.logsigmoid(centred).nansum(dim=1)
-        return total.masked_fill(centred.isnan().all(dim=1), torch.nan) / self.gamma
+    def log_potential(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        centered = self.select(rewards) - self.learned(context).to(rewards)  # (N, K')
+        total = torch.nn.functional.logsigmoid(centered).nansum(dim=1)
+        return total.masked_fill(centered.isnan().all(dim=1), torch.nan) / self.gamma
 
     def settings(self) -> dict[str, Any]:
         return {"gamma": self.gamma, "quantile": self.quantile, **super().settings()}

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..prior import PriorScores
 from .base import Target
-from .prior_scores import PriorScores
 
 
 _TOLERANCE = 1e-8  # of the achieved moments, in units of each feature's standard deviation under the prior
@@ -27,7 +27,7 @@ class Moments(Target):
     functions, 0 or 1 or real: `Moments({"female": 0.5, "science": 0.4})` asks that half of the completions are about
     women. See [A Distributional Approach to Controlled Text Generation](https://huggingface.co/papers/2012.11635).
 
-    `lambda` minimises the convex dual `E_x log E_{pi_0(y|x)}[exp(lambda . (f - mu))]` over prior samples: the mean
+    `lambda` minimizes the convex dual `E_x log E_{pi_0(y|x)}[exp(lambda . (f - mu))]` over prior samples: the mean
     over prompts of `log Z(x)`, and not the `log Z` of all samples pooled, which would weigh prompts by their `Z(x)`.
     There is one `lambda` for all prompts, and all prompts weigh the same in the moments, as they do in training: a
     prompt may be off if others make up for it. Subtracting `mu` changes `Z` and not `p`, and makes a feature that does
@@ -55,12 +55,12 @@ class Moments(Target):
         self._lambda: torch.Tensor | None = None  # (K',) float64
         self._diagnostics: dict[str, float] = {}
 
-    def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
         self.require_fitted()
         assert self._lambda is not None
-        centred = self._centred(rewards)  # (N, K')
-        phi = (centred * self._lambda.to(rewards.device)).nansum(dim=1)
-        return phi.masked_fill(centred.isnan().all(dim=1), torch.nan).to(rewards.dtype)
+        centered = self._centered(rewards)  # (N, K')
+        phi = (centered * self._lambda.to(rewards.device)).nansum(dim=1)
+        return phi.masked_fill(centered.isnan().all(dim=1), torch.nan).to(rewards.dtype)
 
     def fit(self, prior: PriorScores) -> None:
         """
@@ -70,9 +70,9 @@ class Moments(Target):
             ValueError: moments that no distribution over the prior samples has, naming the features.
         """
         num_prompts, num_samples, _ = prior.rewards.shape
-        centred = self._centred(prior.rewards.flatten(0, 1)).view(num_prompts, num_samples, -1)  # (P, N, K')
-        log_base = torch.zeros_like(centred[..., 0]) if prior.log_weights is None else prior.log_weights.double()
-        unscored = centred.isnan().all(dim=2)  # by this target; if nobody else can, left out here as in training
+        centered = self._centered(prior.rewards.flatten(0, 1)).view(num_prompts, num_samples, -1)  # (P, N, K')
+        log_base = torch.zeros_like(centered[..., 0]) if prior.log_weights is None else prior.log_weights.double()
+        unscored = centered.isnan().all(dim=2)  # by this target; if nobody else can, left out here as in training
         log_base = log_base.masked_fill(unscored if prior.scored is None else unscored & ~prior.scored, -math.inf)
         usable = (log_base > -math.inf).any(dim=1)
         if not usable.any():
@@ -80,11 +80,11 @@ class Moments(Target):
                 f"No sample of the prior has both a feature of {self!r} and the evidence of the other factors of the "
                 "product: draw more prior samples, or ask for less."
             )
-        centred, log_base = centred[usable].nan_to_num(nan=0.0), log_base[usable]
+        centered, log_base = centered[usable].nan_to_num(nan=0.0), log_base[usable]
         names = list(self.mu)
-        _refuse_unreachable(names, self.mu, centred, log_base)
-        self._lambda = _minimise_dual(names, self.mu, centred, log_base)
-        self._diagnostics = self._describe(centred, log_base)
+        _refuse_unreachable(names, self.mu, centered, log_base)
+        self._lambda = _minimize_dual(names, self.mu, centered, log_base)
+        self._diagnostics = self._describe(centered, log_base)
         if (effective := self._diagnostics["moments/effective_samples"]) < _MIN_SAMPLES:
             warnings.warn(
                 f"The moments of {self!r} rest on {effective:.0f} effective samples of the prior: draw more, or what "
@@ -92,17 +92,17 @@ class Moments(Target):
                 stacklevel=2,
             )
 
-    def _centred(self, rewards: torch.Tensor) -> torch.Tensor:
+    def _centered(self, rewards: torch.Tensor) -> torch.Tensor:
         """`f - mu` of the features, `(N, K')` float64; infinite ones count as missing."""
         features = self.select(rewards).double()
         return features.masked_fill(features.isinf(), torch.nan) - features.new_tensor(list(self.mu.values()))
 
-    def _describe(self, centred: torch.Tensor, log_base: torch.Tensor) -> dict[str, float]:
+    def _describe(self, centered: torch.Tensor, log_base: torch.Tensor) -> dict[str, float]:
         assert self._lambda is not None
-        weight = (log_base + centred @ self._lambda).softmax(dim=1)  # (P, N)
+        weight = (log_base + centered @ self._lambda).softmax(dim=1)  # (P, N)
         effective = 1 / weight.square().sum(dim=1)  # (P,)
-        achieved = _mean(weight, centred)
-        before = _mean(log_base.softmax(dim=1), centred)
+        achieved = _mean(weight, centered)
+        before = _mean(log_base.softmax(dim=1), centered)
         numbers = {
             "moments/ess": (effective / (log_base > -math.inf).sum(dim=1)).mean().item(),
             "moments/effective_samples": effective.sum().item(),
@@ -143,8 +143,8 @@ def _mean(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _covariance(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`E_x Cov_w(values)`, `(K, K)`: the mean over prompts of the covariance within each."""
-    centred = values - torch.einsum("pn,pnk->pk", weight, values).unsqueeze(1)
-    return torch.einsum("pn,pnk,pnl->kl", weight, centred, centred) / weight.size(0)
+    centered = values - torch.einsum("pn,pnk->pk", weight, values).unsqueeze(1)
+    return torch.einsum("pn,pnk,pnl->kl", weight, centered, centered) / weight.size(0)
 
 
 def _extremes(values: torch.Tensor, log_base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,10 +155,10 @@ def _extremes(values: torch.Tensor, log_base: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _refuse_unreachable(
-    names: Sequence[str], mu: Mapping[str, float], centred: torch.Tensor, log_base: torch.Tensor
+    names: Sequence[str], mu: Mapping[str, float], centered: torch.Tensor, log_base: torch.Tensor
 ) -> None:
     """Looks at each feature alone, so that the commonest mistakes get the plainest message."""
-    lowest, highest = _extremes(centred, log_base)
+    lowest, highest = _extremes(centered, log_base)
     for k, name in enumerate(names):
         low, high = mu[name] + lowest[k].item(), mu[name] + highest[k].item()
         if highest[k] - lowest[k] <= 1e-12 * (1 + abs(low)):
@@ -194,8 +194,8 @@ def _simplest(direction: torch.Tensor, values: torch.Tensor, log_base: torch.Ten
     return direction
 
 
-def _minimise_dual(
-    names: Sequence[str], mu: Mapping[str, float], centred: torch.Tensor, log_base: torch.Tensor
+def _minimize_dual(
+    names: Sequence[str], mu: Mapping[str, float], centered: torch.Tensor, log_base: torch.Tensor
 ) -> torch.Tensor:
     """
     `argmin_lambda E_x log E_base[exp(lambda . (f - mu))]`, `(K,)`, by Newton's method with a backtracking line search.
@@ -206,16 +206,16 @@ def _minimise_dual(
     what is in reach if the posterior loses a direction.
     """
     base = log_base.log_softmax(dim=1)
-    scale = _covariance(base.exp(), centred).diagonal().sqrt()  # (K,)
-    correlation = _covariance(base.exp(), centred / scale)
+    scale = _covariance(base.exp(), centered).diagonal().sqrt()  # (K,)
+    correlation = _covariance(base.exp(), centered / scale)
     variances, directions = torch.linalg.eigh(correlation)
     varies = variances > _FLAT * len(names)
-    mean = _mean(base.exp(), centred / scale)
+    mean = _mean(base.exp(), centered / scale)
     for direction in directions[:, ~varies].T:
         if (direction @ mean).abs() > 1e-6:
             _refuse_together(names, mu, direction)
     to_unit = directions[:, varies] / variances[varies].sqrt() / scale.unsqueeze(1)  # (K, R)
-    unit = centred @ to_unit  # (P, N, R), of unit covariance under the base
+    unit = centered @ to_unit  # (P, N, R), of unit covariance under the base
 
     def dual(step: torch.Tensor) -> torch.Tensor:
         return (base + unit @ step).logsumexp(dim=1).mean()
@@ -237,7 +237,7 @@ def _minimise_dual(
         theta = theta + length * step
         _, highest = _extremes((unit @ theta).unsqueeze(2), log_base)
         if highest.item() <= 0:
-            _refuse_together(names, mu, _simplest((to_unit @ theta) * scale, centred / scale, log_base))
+            _refuse_together(names, mu, _simplest((to_unit @ theta) * scale, centered / scale, log_base))
     else:
         raise ValueError(
             f"The moments {dict(mu)} were not found in {_MAX_ITERATIONS} steps of Newton's method: they are at the "

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from .base import Context, Target
-from .prior_scores import PriorScores, PromptTable
+from ..prior import Context, PriorScores, PromptTable
+from .base import Target
 
 
 class PerPromptTarget(Target):
     """
     A target whose evidence compares a completion with the prior's samples for the same prompt.
 
-    A subclass says what is learnt of a prompt ([`~PerPromptTarget.learn`]) and reads it back with
-    [`~PerPromptTarget.learnt`]; the rest (context, state, prompts without samples) is here.
+    A subclass says what is learned of a prompt ([`~PerPromptTarget.learn`]) and reads it back with
+    [`~PerPromptTarget.learned`]; the rest (context, state, prompts without samples) is here.
     """
 
     needs_context = True
@@ -26,7 +26,7 @@ class PerPromptTarget(Target):
     def learn(self, rewards: torch.Tensor) -> torch.Tensor:
         """What is kept of each prompt, `(P, ...)`, from rewards `(P, N, K)` of prior samples."""
 
-    def learnt(self, context: Context | None) -> torch.Tensor:
+    def learned(self, context: Context | None) -> torch.Tensor:
         """What was kept of the prompt of each completion, `(N, ...)`."""
         return self.table.lookup(self.require_context(context).prompt_key)
 

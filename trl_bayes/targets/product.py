@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .base import Context, Target
-from .prior_scores import PriorScores
+from ..prior import Context, PriorScores
+from .base import Target
 
 
 class Product(Target):
@@ -47,7 +47,7 @@ class Product(Target):
         for factor in self.factors:
             factor.bind(reward_names, reward_weights)
 
-    def log_evidence(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         phi, scored = _combine(self.factors, [factor(rewards, context) for factor in self.factors])
         return phi.masked_fill(~scored, torch.nan) if self.reads_rewards else phi
 
@@ -58,16 +58,16 @@ class Product(Target):
         for factor in self.factors:
             if factor.fits_under_others:
                 others = [other for other in self.factors if other is not factor]
-                evidence = [prior.log_evidence(other) for other in others]
+                evidence = [prior.log_potential(other) for other in others]
                 factor.fit(prior.with_evidence(*_combine(others, evidence)) if others else prior)
 
     @property
     def is_fitted(self) -> bool:
         return all(factor.is_fitted for factor in self.factors)
 
-    def log_partition(self, keys: torch.Tensor) -> torch.Tensor | None:
+    def log_z(self, keys: torch.Tensor) -> torch.Tensor | None:
         """Known for a single factor only: the evidence of several does not follow from that of each."""
-        return self.factors[0].log_partition(keys) if len(self.factors) == 1 else None
+        return self.factors[0].log_z(keys) if len(self.factors) == 1 else None
 
     def diagnostics(self) -> dict[str, float]:
         """Those of the factors; where two have the same name, the later one's is preceded by its place."""

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .base import Context, Target
+from ..prior import Context
+from .base import Target
 
 
 class Tempered(Target):
@@ -30,7 +31,7 @@ class Tempered(Target):
             raise ValueError(f"`Tempered` needs a positive finite power `a`, got {a}.")
         self.a = float(a)
 
-    def log_evidence(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return ((self.a - 1) * self.require_context(context).log_prior).to(rewards)
 
     def settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The posterior of KL-regularised RL: the prior tilted by the exponential of the reward."""
+"""The posterior of KL-regularized RL: the prior tilted by the exponential of the reward."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class Tilt(Target):
     r"""
     KL-RL's posterior: `phi = sum_k w_k r_k / beta`.
 
-    Maximising `E_pi[r] - beta KL(pi||pi_0)` is the same as minimising `KL(pi||p)` to `p ∝ pi_0 exp(r / beta)`
+    Maximizing `E_pi[r] - beta KL(pi||pi_0)` is the same as minimizing `KL(pi||p)` to `p ∝ pi_0 exp(r / beta)`
     ([Korbak et al., 2022](https://huggingface.co/papers/2205.11275)). `beta` is the posterior's temperature, in units
     of reward per nat: small trusts the reward, large trusts the prior.
 
@@ -30,7 +30,7 @@ class Tilt(Target):
             raise ValueError(f"`Tilt` needs a positive finite `beta` (the posterior's temperature), got {beta}.")
         self.beta = float(beta)
 
-    def log_evidence(self, rewards: torch.Tensor) -> torch.Tensor:
+    def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
         selected = self.select(rewards)  # (N, K')
         total = (selected * self.select_weights(rewards)).nansum(dim=1)  # a reward that does not apply adds nothing
         return total.masked_fill(selected.isnan().all(dim=1), torch.nan) / self.beta

@@ -105,13 +105,13 @@ class CalibratedLaw(NamedTuple):
     """
     Where a calibrated target stands when the reward is continuous, from the density of `u` alone.
 
-    `beta`, `log_partition` `log Z` and `kl_prior` `KL(p||pi_0)` in nats; `win_rate`, the probability that a sample of
+    `beta`, `log_z` `log Z` and `kl_prior` `KL(p||pi_0)` in nats; `win_rate`, the probability that a sample of
     `p` has a higher reward than one of the prior; `best_of_n` and `worst_of_n`, the same for the best (worst) of `n`
     samples of either.
     """
 
     beta: float
-    log_partition: float
+    log_z: float
     kl_prior: float
     win_rate: float
     best_of_n: float
@@ -142,7 +142,7 @@ def calibrated_law(transform: Transform, beta: float, n: int = 4) -> CalibratedL
     worst = (1 - below + mass).pow(n) - (1 - below).clamp(min=0).pow(n)
     return CalibratedLaw(
         beta=beta,
-        log_partition=log_z,
+        log_z=log_z,
         kl_prior=(mass * phi).sum().item() - log_z,
         win_rate=(mass * u).sum().item(),
         best_of_n=(best * u.pow(n)).sum().item(),

@@ -143,7 +143,7 @@ class CTRLTrainer(KLRLTrainer):
         phi(x, y) = Phi(u) / beta,        u = P_{z~pi_0}(r(z) < r(y)) + P(r(z) = r(y)) / 2
 
     with `Phi = exp(t u)` where the best of N completions will be used, and `Phi = -exp(-t u)` where the worst will
-    count. The win rate that is optimised is that of the whole procedure, best of N of the policy against best of N of
+    count. The win rate that is optimized is that of the whole procedure, best of N of the policy against best of N of
     the prior, at a given `KL(p||pi_0)`. Since `u` is uniform under the prior whatever the reward, `beta` alone decides
     that distance, and `kl_budget` sets it in nats. Ties (discrete rewards) make it smaller.
 

@@ -1,4 +1,4 @@
-"""f-DPG: any f-divergence to the posterior, minimised with its own pseudo-reward."""
+"""f-DPG: any f-divergence to the posterior, minimized with its own pseudo-reward."""
 
 import textwrap
 from dataclasses import dataclass

@@ -37,13 +37,13 @@ class KLRLTrainer(PosteriorTrainer):
     Bayesian inference](https://huggingface.co/papers/2205.11275).
 
     The only change with respect to [`~trl.GRPOTrainer`] is the loss, `KL(pi||p)` to the posterior
-    `p ∝ pi_0 exp(phi)`; with `phi = r / beta` this is maximising `E[r] - beta KL(pi||pi_0)`. Its gradient is
+    `p ∝ pi_0 exp(phi)`; with `phi = r / beta` this is maximizing `E[r] - beta KL(pi||pi_0)`. Its gradient is
 
         grad KL(pi||p) = -E_pi[(phi - (log pi - log pi_0) - b) grad log pi],
 
     with the leave-one-out mean of the group as `b`. The evidence `Z` is the same for a whole group and cancels. The
     advantages are those of RLOO divided by `beta`: exact at the sequence level, without standard-deviation scaling,
-    token normalisation or clipping. `beta=0` gives pure RL, the baseline that collapses.
+    token normalization or clipping. `beta=0` gives pure RL, the baseline that collapses.
 
     Example:
 

@@ -7,7 +7,7 @@ from typing import Any
 _BEFORE = "### Framework versions"  # a heading of TRL's template
 
 _SHOWN = {
-    "posterior/log_z": "log Z, the log-evidence",
+    "posterior/log_z": "log Z, the log marginal likelihood",
     "posterior/kl_prior": "KL(π‖π₀) to the prior",
     "posterior/reverse_kl": "KL(π‖p) to the posterior",
     "posterior/forward_kl": "KL(p‖π) to the posterior",
@@ -27,7 +27,7 @@ def posterior_section(target: str, divergence: str, partition: str, log_history:
     lines = [
         "### Posterior",
         "",
-        f"The target is `{target}`: the posterior p ∝ π₀ exp(φ), where π₀ is the prior and φ the log-evidence that "
+        f"The target is `{target}`: the posterior p ∝ π₀ exp(φ), where π₀ is the prior and φ the log-potential that "
         f"the target reads from the rewards. The divergence is `{divergence}`; log Z is estimated by `{partition}`.",
     ]
     latest: Mapping[str, Any] = next((log for log in reversed(log_history) if "reward" in log), {})

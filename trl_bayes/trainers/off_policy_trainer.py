@@ -99,7 +99,7 @@ class OffPolicyTrainer(PosteriorTrainer):
         """The evidence of replayed prompts may be known better by now than when they were sampled."""
         if self.running_partition is not None:
             log_z = batch["log_z"].clone()
-            log_z[start:] = self.running_partition.log_partition(batch["prompt_key"][start:])
+            log_z[start:] = self.running_partition.log_z(batch["prompt_key"][start:])
             batch["log_z"] = log_z
 
     def posterior_state(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class PosteriorConfig(GRPOConfig):
     Parameters:
         beta (`float`, *optional*, defaults to `0.1`):
             Temperature of the posterior `p ∝ pi_0 exp(r / beta)`, in units of reward per nat. This is the coefficient
-            of KL-regularised RL, `E[r] - beta KL(pi||pi_0)`. `0.0` (no prior: pure RL) is for [`KLRLTrainer`] only.
+            of KL-regularized RL, `E[r] - beta KL(pi||pi_0)`. `0.0` (no prior: pure RL) is for [`KLRLTrainer`] only.
         target (`str` or `dict[str, Any]`, *optional*):
             The posterior to approximate: a name (`tilt`, `constraint`, `moments`, ...), a mapping with `name` and the
             target's arguments, or the dotted path of a [`~trl_bayes.targets.Target`] class. Defaults to `tilt` with
@@ -53,7 +53,7 @@ class PosteriorConfig(GRPOConfig):
         prior_samples_dir (`str`, *optional*):
             Folder in which they are kept and found again. Defaults to `prior_samples` in `output_dir`.
         pseudo_reward_cap (`float`, *optional*):
-            Largest magnitude of a completion's centred pseudo-reward (the factor of `grad log pi`, in nats). `None`
+            Largest magnitude of a completion's centered pseudo-reward (the factor of `grad log pi`, in nats). `None`
             is exact; a cap (alpha-DPG uses 10) trades bias for stability, and `posterior/capped_frac` says how often
             it acts.
         prior_model_name_or_path (`str`, *optional*):
@@ -69,7 +69,7 @@ class PosteriorConfig(GRPOConfig):
         default=0.1,
         metadata={
             "help": "Temperature of the posterior p ∝ pi_0 exp(r / beta), in units of reward per nat: the coefficient "
-            "of KL-regularised RL. 0.0 (no prior, pure RL) is for KLRLTrainer only."
+            "of KL-regularized RL. 0.0 (no prior, pure RL) is for KLRLTrainer only."
         },
     )
     scale_rewards: str = field(
@@ -120,7 +120,7 @@ class PosteriorConfig(GRPOConfig):
     pseudo_reward_cap: float | None = field(
         default=None,
         metadata={
-            "help": "Largest magnitude of a completion's centred pseudo-reward. None is exact; a cap trades bias for "
+            "help": "Largest magnitude of a completion's centered pseudo-reward. None is exact; a cap trades bias for "
             "stability (alpha-DPG uses 10)."
         },
     )
@@ -155,7 +155,7 @@ class PosteriorConfig(GRPOConfig):
             )
 
     def make_divergence(self) -> Divergence:
-        """The divergence `D_f(pi||p)` that is minimised."""
+        """The divergence `D_f(pi||p)` that is minimized."""
         raise NotImplementedError(f"{type(self).__name__} names no divergence: use the config of a trainer.")
 
     def ineffective_settings(self) -> list[str]:
@@ -170,7 +170,7 @@ class DivergenceConfig(PosteriorConfig):
 
     Parameters:
         divergence (`str`, *optional*, defaults to `"jensen_shannon"`):
-            Divergence `D_f(pi||p)` to minimise: `forward_kl`, `reverse_kl`, `jensen_shannon`, `total_variation`,
+            Divergence `D_f(pi||p)` to minimize: `forward_kl`, `reverse_kl`, `jensen_shannon`, `total_variation`,
             `squared_hellinger`, `pearson_chi2`, `neyman_chi2` or `alpha`.
         alpha (`float`, *optional*):
             Order of the `alpha` divergence: 0 is forward KL, 1 is reverse KL.
@@ -178,7 +178,7 @@ class DivergenceConfig(PosteriorConfig):
 
     divergence: str = field(
         default="jensen_shannon",
-        metadata={"help": "Divergence D_f(pi||p) to minimise.", "choices": list(DIVERGENCES)},
+        metadata={"help": "Divergence D_f(pi||p) to minimize.", "choices": list(DIVERGENCES)},
     )
     alpha: float | None = field(
         default=None,

@@ -29,12 +29,12 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from .. import estimators
-from ..prior_samples import Draw, PriorSamples, PriorSamplesError
-from ..running_partition import RunningPartition
+from ..language_models.fingerprint import weights_fingerprint
+from ..partitions import RunningPartition
+from ..prior.samples import Draw, PriorSamples, PriorSamplesError
 from ..targets import Context, PromptTable, Target, build_target
 from .exactness import distribution_altering_settings
 from .model_card import posterior_section, with_section
-from .model_identity import weights_fingerprint
 from .posterior_config import PosteriorConfig
 from .prior import load_prior
 
@@ -273,7 +273,7 @@ class PosteriorTrainer(GRPOTrainer):
 
     def _knows_evidence(self) -> bool:
         try:
-            return self.target.log_partition(torch.empty(0, dtype=torch.int64)) is not None
+            return self.target.log_z(torch.empty(0, dtype=torch.int64)) is not None
         except ValueError:  # it wants to be fitted first, so there is something to know
             return not self.target.is_fitted
 
@@ -282,7 +282,7 @@ class PosteriorTrainer(GRPOTrainer):
         return self.target.needs_prior_samples or self.args.partition == "prior_samples"
 
     # ---------------------------------------------------------------------------------------------------------------
-    # What is learnt from samples of the prior, before the first update
+    # What is learned from samples of the prior, before the first update
 
     def _datasets(self) -> list[Any]:
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -329,7 +329,7 @@ class PosteriorTrainer(GRPOTrainer):
             with _as_prior_samples_error():
                 self.target.fit(scores)
         if self.args.partition == "prior_samples":
-            log_z = scores.log_partition(self.target).log_partition
+            log_z = scores.log_z(self.target).log_z
             self.prior_log_z = PromptTable.of(scores.keys, log_z)
             if without := int((~log_z.isfinite()).sum()):
                 warnings.warn(
@@ -402,7 +402,7 @@ class PosteriorTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._announce_lm_head()
-        if self._needs_prior_samples and not self._has_learnt_from_prior:
+        if self._needs_prior_samples and not self._has_learned_from_prior:
             self.learn_from_prior()
         rows = self._row_hashes(inputs)  # before TRL adds fields to `inputs`
         output = super()._generate_and_score_completions(inputs)
@@ -455,7 +455,7 @@ class PosteriorTrainer(GRPOTrainer):
         return torch.tensor(row_hashes, dtype=torch.int64, device=ids.device)
 
     @property
-    def _has_learnt_from_prior(self) -> bool:
+    def _has_learned_from_prior(self) -> bool:
         fitted = self.target.is_fitted or not self.target.needs_prior_samples
         return fitted and (self.prior_log_z is not None or self.args.partition != "prior_samples")
 
@@ -480,7 +480,7 @@ class PosteriorTrainer(GRPOTrainer):
         keys = None  # (B_global,)
         if "prompt_key" in output:
             keys = self.accelerator.gather(output["prompt_key"][generated])
-        phi = self._log_evidence(log_prior.flatten(), keys).view(-1, group_size)  # (P, G)
+        phi = self._log_potential(log_prior.flatten(), keys).view(-1, group_size)  # (P, G)
         valid = ~phi.isnan()
         log_target = log_prior + phi.masked_fill(~valid, 0.0)
         weights = estimators.log_weights(log_target, log_proposal)
@@ -512,11 +512,11 @@ class PosteriorTrainer(GRPOTrainer):
     def _estimate_log_z(self, weights: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         """`log Z` for each completion, `(P, G)`, by the `partition` that the configuration names."""
         if keys is None or self.args.partition == "leave_one_out":
-            return estimators.leave_one_out_log_partition(weights, valid)
+            return estimators.leave_one_out_log_z(weights, valid)
         prompt_keys = keys.view(weights.shape)[:, 0]  # (P,)
         if self.running_partition is None:
             return self._fixed_log_z(prompt_keys).to(weights).unsqueeze(1).expand_as(weights)
-        log_z = estimators.leave_one_out_log_partition(weights, valid, *self.running_partition.past(prompt_keys))
+        log_z = estimators.leave_one_out_log_z(weights, valid, *self.running_partition.past(prompt_keys))
         if self.model.training:
             self.running_partition.update(prompt_keys, weights, valid)
         return log_z
@@ -525,7 +525,7 @@ class PosteriorTrainer(GRPOTrainer):
         """`log Z` of prompts, `(P,)`, that training does not change: from prior samples, or known to the target."""
         if self.prior_log_z is not None:
             return self.prior_log_z.lookup(prompt_keys)
-        log_z = self.target.log_partition(prompt_keys)
+        log_z = self.target.log_z(prompt_keys)
         assert log_z is not None  # the constructor refuses a target that does not know it
         return log_z
 
@@ -555,24 +555,24 @@ class PosteriorTrainer(GRPOTrainer):
             )
         return logps
 
-    def _log_evidence(self, log_prior: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
+    def _log_potential(self, log_prior: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         """`phi` of the latest completions of all processes, `(B_global,)`, checked."""
         rewards = self._latest_rewards
         phi = self.target(rewards, None if keys is None else Context(log_prior, keys))
         if not isinstance(phi, torch.Tensor) or phi.shape != rewards.shape[:1]:
             got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
             raise ValueError(
-                f"The target {self.target!r} returned {got} as log-evidence: return one value per completion, a "
+                f"The target {self.target!r} returned {got} as log-potential: return one value per completion, a "
                 f"tensor of shape {tuple(rewards.shape[:1])}."
             )
         if (phi == torch.inf).any():
             raise ValueError(
-                f"The target {self.target!r} returned +inf as log-evidence, which no posterior can have: bound it."
+                f"The target {self.target!r} returned +inf as log-potential, which no posterior can have: bound it."
             )
         if (phi == -torch.inf).any() and not self.divergence.allows_hard_constraints:
             raise ValueError(
-                f"The target {self.target!r} returned -inf as log-evidence, where {self.divergence.name} is infinite: "
-                "choose a divergence that allows it ('forward_kl', 'jensen_shannon'), or a finite penalty."
+                f"The target {self.target!r} returned -inf as log-potential, where {self.divergence.name} is infinite:"
+                " choose a divergence that allows it ('forward_kl', 'jensen_shannon'), or a finite penalty."
             )
         return phi
 
@@ -706,7 +706,7 @@ class PosteriorTrainer(GRPOTrainer):
         files = [self._posterior_state_file(checkpoint), Path(checkpoint) / "posterior_state_0.pt"]
         file = next((file for file in files if file.exists()), None)
         if file is None:
-            warnings.warn(f"{files[0]} is missing: what was learnt about the evidence starts afresh.", stacklevel=2)
+            warnings.warn(f"{files[0]} is missing: what was learned about the evidence starts afresh.", stacklevel=2)
             return
         state = torch.load(file, weights_only=True)
         if file != files[0]:  # more processes than before: all that they know is the same, but not what they replay

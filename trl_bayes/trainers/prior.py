@@ -8,7 +8,7 @@ from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model
 
-from ..vocabulary import check_same_vocabulary
+from ..language_models.vocabulary import check_same_vocabulary
 from .exactness import as_mapping
 
 
@@ -21,7 +21,7 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
     Loads `args.prior_model_name_or_path` and prepares it for scoring, as TRL prepares its own reference model.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]): initialised trainer, whose policy and accelerator the prior must fit.
+        trainer ([`~trl.GRPOTrainer`]): initialized trainer, whose policy and accelerator the prior must fit.
         args ([`PosteriorConfig`]): with `prior_model_name_or_path` set.
 
     Returns:

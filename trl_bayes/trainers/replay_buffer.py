@@ -16,7 +16,7 @@ class ReplayBuffer:
     The latest completions of this process, first in first out, on the CPU and without padding.
 
     Each keeps the log-probability `log q` of the policy that sampled it, so importance weights stay exact however much
-    the policy moves on. The unnormalised posterior `log P` never changes, so neither rewards nor the prior are
+    the policy moves on. The unnormalized posterior `log P` never changes, so neither rewards nor the prior are
     computed again.
 
     Args:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..divergences import DIVERGENCES
-from ..estimators import trajectory_balance_coefficient, vargrad_log_partition
+from ..estimators import trajectory_balance_coefficient, vargrad_log_z
 from .off_policy_trainer import OffPolicyConfig, OffPolicyTrainer
 from .posterior_config import PARTITIONS, DivergenceConfig
 from .posterior_trainer import Sequences, log_density_ratio
@@ -22,7 +22,7 @@ class TrajectoryBalanceConfig(DivergenceConfig, OffPolicyConfig):
 
     Parameters:
         divergence (`str`, *optional*, defaults to `"reverse_kl"`):
-            Divergence whose f-TB loss is minimised; `reverse_kl` is the squared log-ratio (VarGrad).
+            Divergence whose f-TB loss is minimized; `reverse_kl` is the squared log-ratio (VarGrad).
         partition (`str`, *optional*, defaults to `"leave_one_out"`):
             How `log Z` is estimated; see [`TrajectoryBalanceTrainer`].
     """
@@ -38,7 +38,7 @@ class TrajectoryBalanceConfig(DivergenceConfig, OffPolicyConfig):
     )
     divergence: str = field(
         default="reverse_kl",
-        metadata={"help": "Divergence whose f-TB loss is minimised.", "choices": list(DIVERGENCES)},
+        metadata={"help": "Divergence whose f-TB loss is minimized.", "choices": list(DIVERGENCES)},
     )
 
 
@@ -105,7 +105,7 @@ class TrajectoryBalanceTrainer(OffPolicyTrainer):
     def choose_log_z(self, group: Sequences, valid: torch.Tensor, importance_estimate: torch.Tensor) -> torch.Tensor:
         sees_siblings_only = self.args.partition == "leave_one_out" and not self.args.reuses_samples
         if sees_siblings_only and self.divergence.name == "reverse_kl":
-            return vargrad_log_partition(group.log_policy - group.log_target, valid)
+            return vargrad_log_z(group.log_policy - group.log_target, valid)
         return importance_estimate
 
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""What commands share: the parser, recipes, data, the launcher, training and posteriors without a trainer."""

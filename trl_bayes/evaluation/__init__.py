@@ -1,0 +1,1 @@
+"""How far a policy is from its posterior, estimated from samples, and the report that shows it."""

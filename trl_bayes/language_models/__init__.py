@@ -1,0 +1,1 @@
+"""Language models: what they generate, with which probability, and in which vocabulary."""
