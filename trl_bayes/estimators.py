@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 
 from .divergences import Divergence
+from .statistics.log_z import effective_sample_size as effective_sample_size
+from .statistics.log_z import group_log_z as group_log_z
 
 
 NEG_INF = float("-inf")
@@ -47,21 +49,6 @@ def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.T
         `torch.Tensor`: shape `(P, G)`.
     """
     return log_target - log_proposal
-
-
-def group_log_z(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """
-    Marginal likelihood of each prompt from its whole group: `log Z_hat = log mean_i w_i`, unbiased for `Z`.
-
-    Args:
-        weights (`torch.Tensor`): log importance weights `(P, G)`.
-        valid (`torch.Tensor`): boolean `(P, G)`.
-
-    Returns:
-        `torch.Tensor`: shape `(P,)`; `-inf` for a group without evidence (or without a valid completion).
-    """
-    total = weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1)
-    return total - valid.sum(dim=1).clamp(min=1).to(weights.dtype).log()
 
 
 def leave_one_out_log_z(
@@ -161,18 +148,6 @@ def leave_one_out_baseline(
     count = siblings.sum(dim=2)
     mean = pseudo_rewards.masked_fill(~siblings, 0.0).sum(dim=2) / count.clamp(min=1)
     return torch.where(count > 0, mean, pseudo_rewards.diagonal(dim1=1, dim2=2))
-
-
-def effective_sample_size(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """
-    Kish's effective sample size as a fraction of the group: `(sum w)^2 / (n sum w^2)`, shape `(P,)`, in [0, 1].
-
-    1 means that the proposal is the posterior; 0 is returned for a group without evidence.
-    """
-    weights = weights.masked_fill(~valid, NEG_INF)
-    count = valid.sum(dim=1).clamp(min=1)
-    fraction = (2 * weights.logsumexp(dim=1) - (2 * weights).logsumexp(dim=1)).exp() / count
-    return torch.nan_to_num(fraction, nan=0.0)
 
 
 def divergence_estimates(

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..samplers.base import Draws, Method, Sampler
+from ..language_models.completions import Completions
+from ..language_models.settings import SamplingSettings
+from ..samplers.base import Method
 from ..samplers.best_of_n import BestOfN
 from ..samplers.importance import Importance
 from ..samplers.mcmc import MetropolisHastings
 from ..samplers.quasi_rejection import QuasiRejection
 from ..samplers.rejection import Rejection
+from ..samplers.sampler import Sampler
 from ..samplers.smc import SequentialMonteCarlo, systematic
 from ..targets import Tilt
 from .tiny import EnumerableTask
@@ -131,9 +134,7 @@ def run(problem: Problem, setting: Setting, num_samples: int, seed: int = 0) -> 
         [problem.task.reward_func],
         Tilt(BETA),
         setting.method,
-        max_new_tokens=problem.task.max_completion_length,
-        batch_size=_MOST_AT_ONCE,
-        seed=seed,
+        SamplingSettings(problem.task.max_completion_length, batch_size=_MOST_AT_ONCE, seed=seed),
     )
     start = time.perf_counter()
     draws = sampler.sample(problem.task.prompts, num_samples * setting.resample)
@@ -156,19 +157,19 @@ def run(problem: Problem, setting: Setting, num_samples: int, seed: int = 0) -> 
     )
 
 
-def _places(problem: Problem, draws: Draws) -> Tensor:
+def _places(problem: Problem, draws: Completions) -> Tensor:
     """Which completion each draw is, (M,)."""
     return torch.tensor([problem.places[tuple(ids)] for ids in draws.completion_ids])
 
 
-def count(problem: Problem, draws: Draws) -> Tensor:
+def count(problem: Problem, draws: Completions) -> Tensor:
     """Numbers of each completion, (P, N) float64."""
     num_prompts, num_completions = problem.log_posterior.shape
     flat = draws.prompt_index * num_completions + _places(problem, draws)
     return torch.bincount(flat, minlength=num_prompts * num_completions).view(num_prompts, -1).double()
 
 
-def resample(problem: Problem, draws: Draws, num_samples: int, seed: int) -> Tensor:
+def resample(problem: Problem, draws: Completions, num_samples: int, seed: int) -> Tensor:
     """Numbers (P, N) of each completion among draws that are chosen in proportion to their weights."""
     num_prompts = len(draws.prompts)
     rng = numpy.random.default_rng([seed, 2])

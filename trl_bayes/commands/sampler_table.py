@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 from ..benchmarks.sampler_benchmark import BETA, COLUMNS, Row, cells, load_problem, run_all, write
-from ..samplers.base import at_least
+from ..language_models.settings import at_least
 
 
 @dataclass

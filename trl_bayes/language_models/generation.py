@@ -6,14 +6,18 @@ tokens out; who scores them, and for what, is decided elsewhere.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .completions import Prompt
+from .settings import SamplingSettings
 
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """
     A prompt's tokens, as TRL's trainers make them.
 
@@ -54,42 +58,39 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return stop_ids
 
 
+def with_stop_ids(
+    settings: SamplingSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> SamplingSettings:
+    """The settings with their own stop tokens, or else with those of the model, see [`find_stop_ids`]."""
+    return settings if settings.stop_ids else replace(settings, stop_ids=tuple(find_stop_ids(model, tokenizer)))
+
+
 @torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    rows: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    stop_ids: list[int],
-    pad_token_id: int | None,
-) -> list[list[int]]:
+def generate(model: PreTrainedModel, rows: Sequence[list[int]], settings: SamplingSettings) -> list[list[int]]:
     """
     Continues rows of tokens, all at once.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): in the mode that [`evaluating`] sets.
         rows (`list[list[int]]`): B rows, none empty.
-        max_new_tokens (`int`): a row without a stop token is cut after so many.
-        temperature (`float`): of the softmax.
-        stop_ids (`list[int]`): see [`find_stop_ids`].
-        pad_token_id (`int`, *optional*): any token will do, and the first stop token does where there is none.
+        settings ([`SamplingSettings`]): with stop tokens, see [`with_stop_ids`]; seed and batch size are not read.
 
     Returns:
         `list[list[int]]`: the new tokens of each row, up to and with its first stop token.
     """
-    pad_token_id = stop_ids[0] if pad_token_id is None else pad_token_id
+    stop_ids = list(settings.stop_ids)
+    padding = stop_ids[0]  # any token will do: the mask hides it
     config = GenerationConfig(
         do_sample=True,
-        temperature=temperature,
+        temperature=settings.temperature,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         eos_token_id=stop_ids,
-        pad_token_id=pad_token_id,
+        pad_token_id=padding,
     )
     device = next(model.parameters()).device
-    ids, mask = (t.to(device) for t in pad_rows(rows, pad_token_id, left=True))
+    ids, mask = (t.to(device) for t in pad_rows(rows, padding, left=True))
     with _plain_generation(model):
         generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
     return [_cut_at_stop(row, stop_ids) for row in generated[:, ids.size(1) :].tolist()]
