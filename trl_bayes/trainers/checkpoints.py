@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from ..targets import Target
+from .warnings_of_users import warn
+
 
 def state_file(checkpoint: str | Path, process_index: int) -> Path:
     """The file of a process in a checkpoint's folder."""
@@ -23,7 +26,7 @@ def save_state(checkpoint: Path, process_index: int, state: Mapping[str, Any]) -
 
 def read_state(checkpoint: str | Path, process_index: int) -> dict[str, Any] | None:
     """
-    The state of a process, or `None` where the checkpoint has none.
+    The state of a process, or `None`, with a warning, where the checkpoint has none.
 
     With more processes than before, the first one's stands for all: all that they know is the same, but not what they
     replay.
@@ -31,11 +34,17 @@ def read_state(checkpoint: str | Path, process_index: int) -> dict[str, Any] | N
     own = state_file(checkpoint, process_index)
     file = next((file for file in (own, state_file(checkpoint, 0)) if file.exists()), None)
     if file is None:
+        warn(f"{own} is missing: what was learned about Z and the target starts afresh.")
         return None
     state = torch.load(file, weights_only=True)
     if file != own:
         state.pop("replay_buffer", None)
     return state
+
+
+def run_identity(trainer_class: type, target: Target) -> dict[str, str]:
+    """By which the checkpoint of a run of another trainer or target is recognized."""
+    return {"trainer": trainer_class.__name__, "target_settings": repr(target)}
 
 
 def check_same_run(state: Mapping[str, Any], ours: Mapping[str, str]) -> None:
@@ -44,7 +53,7 @@ def check_same_run(state: Mapping[str, Any], ours: Mapping[str, str]) -> None:
 
     Args:
         state (`Mapping[str, Any]`): from [`read_state`].
-        ours (`Mapping[str, str]`): `trainer` and `target_settings` of this run.
+        ours (`Mapping[str, str]`): [`run_identity`] of this run.
 
     Raises:
         ValueError: one sentence.

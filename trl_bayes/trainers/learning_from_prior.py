@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from ..language_models.fingerprint import weights_fingerprint
 from ..partitions import Partition
 from ..prior import Draw, PriorSamples, PriorSamplesError, PriorScores
 from ..targets import Target
-from .batches import row_hash
+from .batches import own_tokens, row_hash, sequence_log_probs
 from .posterior_config import PosteriorConfig
 
 
@@ -86,6 +87,26 @@ def collect_prior_samples(
         progress=not args.disable_tqdm,
     )
     return samples
+
+
+def as_draw(output: dict[str, Any], policy: torch.Tensor, tokenizer: PreTrainedTokenizerBase, model_id: str) -> Draw:
+    """
+    A generated batch as samples of the prior.
+
+    Args:
+        output (`dict`): the batch, with `rewards` `(B, K)`.
+        policy (`torch.Tensor`): the policy's per-token log-probabilities `(B, T)`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the policy.
+        model_id (`str`): of the policy, for the message.
+
+    Raises:
+        ValueError: the policy is not the prior any more.
+    """
+    log_policy, _, log_prior = sequence_log_probs(output, policy).unbind(dim=1)
+    refuse_policy_that_has_moved((log_policy - log_prior).sum() / own_tokens(output).sum(), model_id)
+    pairs = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
+    ids = [row[kept].tolist() for row, kept in pairs]
+    return Draw(ids, log_prior, output["rewards"], tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def fit(target: Target, partition: Partition, prior: PriorScores) -> None:

@@ -38,9 +38,9 @@ Scorer = Callable[[torch.nn.Module, Batch], torch.Tensor]
 """The trainer's own scoring of a batch: per-token log-probabilities `(B, T)`."""
 
 
-def find_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tensor) -> str | None:
+def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tensor) -> None:
     """
-    Compares a trainer's scores of a few completions with those of a plain forward pass, of one by one.
+    Refuses to train where a trainer's scores of a few completions differ from those of a plain forward pass.
 
     Every process must call it, with as many completions.
 
@@ -50,8 +50,8 @@ def find_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tensor
         batch (`dict`): a generated batch.
         policy (`torch.Tensor`): the policy's per-token log-probabilities `(B, T)`.
 
-    Returns:
-        `str`, *optional*: a sentence that says what differs, by how much, and the likely cause.
+    Raises:
+        ValueError: one sentence that says what differs, by how much, and the likely cause.
     """
     checks = [Check("policy's", trainer.model, policy)]
     if "sampling_per_token_logps" in batch:
@@ -75,12 +75,11 @@ def find_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tensor
         found = difference(check.scored[rows])
         if not found <= allowed:  # NaN differs
             cause = "vllm" if is_vllm else _find_cause(check, batch, rows, score, difference, allowed)
-            return (
+            raise ValueError(
                 f"The {check.whose} log-probabilities differ by {found:.2g} nats per token from those of a plain "
                 f"forward pass (rounding explains {allowed:.2g}), so the result would not be the posterior: "
-                f"{CAUSES[cause]}"
+                f"{CAUSES[cause]} `check_log_probs=False` trains all the same."
             )
-    return None
 
 
 @contextmanager

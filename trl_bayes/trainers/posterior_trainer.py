@@ -2,10 +2,9 @@
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -28,20 +27,21 @@ from ..partitions import make_partition
 from ..prior import Context, Draw
 from ..targets import Target, build_target
 from .batches import own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
-from .checkpoints import check_same_run, read_state, save_state, state_file
+from .checkpoints import check_same_run, read_state, run_identity, save_state
 from .learning_from_prior import (
+    as_draw,
     collect_prior_samples,
     fit,
     prior_sample_settings,
-    refuse_policy_that_has_moved,
     unrecorded,
 )
-from .log_prob_check import find_inexact
-from .metrics import group_metrics, show_advantages
-from .model_card import posterior_section, with_section
+from .log_prob_check import refuse_inexact
+from .metrics import group_metrics, loss_metrics, show_advantages
+from .model_card import add_section
 from .posterior_config import PosteriorConfig
-from .prior import load_prior, make_exact
+from .prior import make_exact, prior_of_its_own
 from .refusals import (
+    check_arguments,
     check_log_potential,
     inexact_model_defaults,
     refuse_infinite_divergence,
@@ -54,6 +54,10 @@ from .zero3 import announce_lm_head
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
+
+EvalDataset: TypeAlias = (
+    Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset]
+)
 
 _REWARDS = "trl_bayes_rewards"
 """Under which the rewards of a completion travel in its row of the data, until the batch has them."""
@@ -99,12 +103,7 @@ class PosteriorTrainer(GRPOTrainer):
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: PosteriorConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset
-        | IterableDataset
-        | DatasetDict
-        | IterableDatasetDict
-        | dict[str, Dataset | IterableDataset]
-        | None = None,
+        eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -117,23 +116,14 @@ class PosteriorTrainer(GRPOTrainer):
         *,
         target: Target | str | dict[str, Any] | None = None,
     ):
-        if args is None:
-            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = self.config_class(f"{model_id.split('/')[-1]}-{self._name.replace(' ', '-')}")
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"`{type(self).__name__}` takes a `{self.config_class.__name__}` as `args`, got "
-                f"`{type(args).__name__}`: change the class name, the fields are the same."
-            )
-        if target is not None and args.target is not None:
-            raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
+        args = check_arguments(args, self.config_class, model, self._name, target)
         self.estimator = self.make_estimator(args)
         self.target = build_target(args.target if target is None else target, args.beta or 1.0)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
         for sentence in args.ineffective_settings():
             warn(sentence)
-        with self._prior_of_its_own(args), warnings_at_the_users_line():
+        with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,
@@ -155,9 +145,7 @@ class PosteriorTrainer(GRPOTrainer):
             for sentence in inexact_model_defaults(self.model.generation_config, self.generation_kwargs):
                 raise ValueError(sentence)
         self.target.bind(self.reward_func_names, self.reward_weights)
-        if self._needs_prior_samples:
-            needs = f"The target {self.target!r}" if self.target.needs_prior_samples else "`partition='prior_samples'`"
-            refuse_unsampled_prior(needs, args, self._datasets(), self.environment_factories is not None)
+        refuse_unsampled_prior(self.target, self.partition, args, self._datasets(), bool(self.environment_factories))
         self._is_checked = not args.check_log_probs
         self._mode_of_generation: bool | None = None
 
@@ -165,26 +153,8 @@ class PosteriorTrainer(GRPOTrainer):
     def make_estimator(self, args: PosteriorConfig) -> Estimator:
         """The estimator of the gradient: all that makes one trainer another."""
 
-    @contextmanager
-    def _prior_of_its_own(self, args: PosteriorConfig) -> Iterator[None]:
-        """Loads the prior that `args` names, where TRL, told that beta is zero, loads none: it would be the policy."""
-        if args.prior_model_name_or_path is None or args.beta == 0:
-            yield
-            return
-        beta, args.beta = args.beta, 0.0
-        try:
-            yield
-        finally:
-            args.beta = beta
-        self.beta = beta
-        self.ref_model = cast(PreTrainedModel, load_prior(self, args))
-
     # ---------------------------------------------------------------------------------------------------------------
     # What is learned from samples of the prior, before the first update
-
-    @property
-    def _needs_prior_samples(self) -> bool:
-        return self.target.needs_prior_samples or self.partition.needs_prior_samples
 
     def _datasets(self) -> list[Any]:
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -194,13 +164,11 @@ class PosteriorTrainer(GRPOTrainer):
         """
         Draws samples of the prior for every prompt, and fits the target and `log Z` to them.
 
-        Called before the first generation. The samples are kept in `prior_samples_dir`, so that a second run with the
-        same model, prompts and rewards draws none. Neither metrics nor torch's random state show that anything was
-        drawn: the training that follows is the same, whether or not the samples were already there.
+        Called before the first generation; see `learning_from_prior`. The training that follows is the same, whether
+        or not the samples were already there.
 
         Raises:
-            PriorSamplesError: a `ValueError`: the samples that are kept are of another model, data or reward, some are
-                missing in the middle of a run, or the target cannot be fitted to them.
+            PriorSamplesError: the samples that are kept are of something else, or cannot be fitted to; a `ValueError`.
             ValueError: the policy is not the prior any more.
         """
         datasets = [self._remove_unused_columns(dataset) for dataset in self._datasets()]  # as TRL gives them
@@ -218,13 +186,7 @@ class PosteriorTrainer(GRPOTrainer):
         """Completions of the policy, which is still the prior, one for each row, with TRL's generation and rewards."""
         with unrecorded(self):
             output = self._generate_with_rewards(rows)
-        with torch.no_grad():
-            log_policy, _, log_prior = sequence_log_probs(output, self._policy_scores(output)).unbind(dim=1)
-        model_id = get_config_model_id(self.model.config)
-        refuse_policy_that_has_moved((log_policy - log_prior).sum() / own_tokens(output).sum(), model_id)
-        pairs = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
-        ids = [row[kept].tolist() for row, kept in pairs]
-        return Draw(ids, log_prior, output["rewards"], self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return as_draw(output, self._policy_scores(output), self._tokenizer, get_config_model_id(self.model.config))
 
     # ---------------------------------------------------------------------------------------------------------------
     # From a group of completions to what each of them needs in the loss
@@ -292,14 +254,16 @@ class PosteriorTrainer(GRPOTrainer):
             output (`dict`): a generated batch; its `row` says in which order its rows were generated, if not in this.
             policy (`torch.Tensor`): the policy's per-token log-probabilities `(B, T)`.
         """
-        if not self._is_checked:
-            self._check_log_probs(output, policy)
+        if not self._is_checked:  # once, before the first update
+            refuse_inexact(self, self._score, output, policy)
+            self._is_checked = True
         local = sequence_log_probs(output, policy)  # (B, 3)
         row = output.get("row", torch.arange(local.size(0), device=local.device))
         group = self._gather_group(local, output, row.argsort())
         log_z = self.partition.log_z(group)
         terms = group_terms(group, log_z.of_completion, self.estimator, self.args.pseudo_reward_cap)
-        self._log(group_metrics(group, terms, log_z.of_prompt, self.estimator) | self._target_metrics())
+        self._log(group_metrics(group, terms, log_z, self.estimator))
+        self._log({f"posterior/target/{name}": value for name, value in self.target.diagnostics().items()})
         show_advantages(cast("deque[float]", self._logs["advantages"]), terms.advantages)
         if self.model.training:
             self.partition.update(group)
@@ -334,12 +298,6 @@ class PosteriorTrainer(GRPOTrainer):
         with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
             return self._get_per_token_logps_and_entropies(model, **scorer_inputs(batch), batch_size=batch_size)[0]
 
-    def _check_log_probs(self, batch: dict[str, Any], policy: torch.Tensor) -> None:
-        """Once, before the first update: what is scored must be what was sampled."""
-        self._is_checked = True
-        if found := find_inexact(self, self._score, batch, policy):
-            raise ValueError(f"{found} `check_log_probs=False` trains all the same.")
-
     # ---------------------------------------------------------------------------------------------------------------
     # The loss
 
@@ -358,7 +316,7 @@ class PosteriorTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss
             self._mode_metrics["aux_loss"].append(self.accelerator.gather(aux_loss).mean().item())
-        self._log_loss(entropies, mask, capped)
+        self._log(loss_metrics(entropies, mask, capped, self.accelerator))
         return loss / self.current_gradient_accumulation_steps if self.model.training else loss
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -373,33 +331,20 @@ class PosteriorTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._mode_metrics[name].append(value)
 
-    def _target_metrics(self) -> dict[str, float]:
-        return {f"posterior/target/{name}": value for name, value in self.target.diagnostics().items()}
-
-    def _log_loss(self, entropies: torch.Tensor, mask: torch.Tensor, capped: torch.Tensor) -> None:
-        sums = torch.stack([(entropies * mask).sum(), mask.sum(), capped.sum(), mask.new_tensor(capped.numel())])
-        entropy, tokens, num_capped, num_sequences = self.accelerator.reduce(sums.float(), reduction="sum").tolist()
-        self._log({"entropy": entropy / max(tokens, 1.0), "posterior/capped_frac": num_capped / num_sequences})
-
     # ---------------------------------------------------------------------------------------------------------------
     # Checkpoints and the model card
-
-    @property
-    def _identity(self) -> dict[str, str]:
-        """By which the checkpoint of another trainer or target is recognized."""
-        return {"trainer": type(self).__name__, "target_settings": repr(self.target)}
 
     def posterior_state(self) -> dict[str, Any]:
         """What this process must remember across a restart, besides the model and the optimizer."""
         return {
-            **self._identity,
+            **run_identity(type(self), self.target),
             "target": self.target.state_dict(),
             "partition": {self.partition.name: self.partition.state_dict()},
         }
 
     def load_posterior_state(self, state: dict[str, Any]) -> None:
         """Restores [`~PosteriorTrainer.posterior_state`]; refuses that of another trainer or target."""
-        check_same_run(state, self._identity)
+        check_same_run(state, run_identity(type(self), self.target))
         self.target.load_state_dict(state["target"])
         if self.partition.name in state["partition"]:
             self.partition.load_state_dict(state["partition"][self.partition.name])
@@ -412,13 +357,7 @@ class PosteriorTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = read_state(checkpoint, self.accelerator.process_index)
-        if state is None:
-            file = state_file(checkpoint, self.accelerator.process_index)
-            warn(f"{file} is missing: what was learned about Z and the target starts afresh.")
-        else:
+        if checkpoint and (state := read_state(checkpoint, self.accelerator.process_index)) is not None:
             self.load_posterior_state(state)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -426,11 +365,4 @@ class PosteriorTrainer(GRPOTrainer):
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
-        file = Path(str(self.args.output_dir)) / "README.md"
-        section = posterior_section(
-            repr(self.target) if self.estimator.has_posterior else "the largest reward (pure RL, no prior)",
-            self.estimator.divergence.name,
-            self.args.partition,
-            self.state.log_history,
-        )
-        file.write_text(with_section(file.read_text(encoding="utf-8"), section), encoding="utf-8")
+        add_section(Path(str(self.args.output_dir)) / "README.md", self.estimator, self.target, self.args, self.state)

@@ -1,5 +1,7 @@
 """The prior pi_0 as a model of its own; and what makes it, and the policy, score as generation samples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +20,30 @@ from .exactness import as_mapping
 
 if TYPE_CHECKING:
     from .posterior_config import PosteriorConfig
+
+
+@contextmanager
+def prior_of_its_own(trainer: Any, args: "PosteriorConfig") -> Iterator[None]:
+    """
+    The constructor of TRL's trainer, with the prior that `args` names, if it names one.
+
+    TRL loads a copy of the starting policy as the prior unless beta is zero, and takes no model of the user's. So it
+    is told that beta is zero, for as long as it constructs, and is given prior and beta afterwards.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): that is constructed.
+        args ([`PosteriorConfig`]): its configuration.
+    """
+    if args.prior_model_name_or_path is None or args.beta == 0:
+        yield
+        return
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+    trainer.beta = beta
+    trainer.ref_model = load_prior(trainer, args)
 
 
 def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module:

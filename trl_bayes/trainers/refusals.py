@@ -6,11 +6,43 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import GenerationConfig
+from trl.trainer.utils import get_config_model_id
 
 from ..divergences import Divergence
+from ..partitions import Partition
 from ..targets import Target
 from .exactness import distribution_altering_settings
 from .posterior_config import PosteriorConfig
+
+
+def check_arguments(
+    args: PosteriorConfig | None, config_class: type[PosteriorConfig], model: Any, name: str, target: Any
+) -> PosteriorConfig:
+    """
+    The configuration of a trainer, by default one that writes beside the model's name, as TRL's.
+
+    Args:
+        args ([`PosteriorConfig`], *optional*): as the user gave it.
+        config_class (`type`): that of the trainer.
+        model (`str` or `PreTrainedModel`): to be trained.
+        name (`str`): of the trainer.
+        target ([`~trl_bayes.targets.Target`], *optional*): the trainer's argument.
+
+    Raises:
+        TypeError: a configuration of another class.
+        ValueError: two targets.
+    """
+    if args is None:
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = config_class(f"{model_id.split('/')[-1]}-{name.replace(' ', '-')}")
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"This trainer takes a `{config_class.__name__}` as `args`, got `{type(args).__name__}`: change the class "
+            "name, the fields are the same."
+        )
+    if target is not None and args.target is not None:
+        raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
+    return args
 
 
 def refuse_infinite_divergence(target: Target, divergence: Divergence) -> None:
@@ -48,12 +80,14 @@ def inexact_model_defaults(config: GenerationConfig, set_by_trl: Mapping[str, An
     ]
 
 
-def refuse_unsampled_prior(needs: str, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool) -> None:
+def refuse_unsampled_prior(
+    target: Target, partition: Partition, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool
+) -> None:
     """
     Refuses to learn from samples of the prior where the policy cannot draw them before its first update.
 
     Args:
-        needs (`str`): who needs them, for the message.
+        target ([`~trl_bayes.targets.Target`]), partition ([`~trl_bayes.partitions.Partition`]): who may need them.
         args ([`PosteriorConfig`]): of the trainer.
         datasets (`Sequence`): those whose prompts are trained or evaluated on.
         writes_prompts (`bool`): whether an environment may write prompts that the data does not have.
@@ -61,6 +95,9 @@ def refuse_unsampled_prior(needs: str, args: PosteriorConfig, datasets: Sequence
     Raises:
         ValueError: one sentence.
     """
+    if not (target.needs_prior_samples or partition.needs_prior_samples):
+        return
+    needs = f"The target {target!r}" if target.needs_prior_samples else f"`partition={partition.name!r}`"
     if args.beta == 0:
         raise ValueError(
             f"{needs} needs samples of the prior, and `beta=0` is pure RL, which has none: set `beta` > 0, or use "
