@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..estimators import Estimator, Terms, divergence_estimates
-from ..groups import NEG_INF, Group, effective_sample_size, finite_exp, group_log_z
+from ..groups import NEG_INF, Group, effective_sample_size, finite_exp, pooled_log_z
 from ..partitions import LogZ
 from .batches import own_tokens
 
@@ -54,7 +54,7 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
     is_known = (group.tells_z | log_z.is_informed | at_bound.to(weights.device)) & log_z.of_prompt.isfinite()
     known = log_z.of_prompt.masked_fill(~is_known, torch.nan)  # (P,)
     fit = divergence_estimates(group.log_policy, group.log_prior, group.log_target, group.log_proposal, known, valid)
-    sees_posterior = (group_log_z(weights, valid) - known).abs() <= math.log(2)
+    sees_posterior = (pooled_log_z(weights, valid) - known).abs() <= math.log(2)
     no_evidence = (weights.masked_fill(~valid, NEG_INF) == NEG_INF).all(dim=1)
     ess = effective_sample_size(weights, valid, known.nan_to_num(nan=NEG_INF))
     return {

@@ -116,7 +116,7 @@ class PosteriorTrainer(GRPOTrainer):
         *,
         target: Target | str | dict[str, Any] | None = None,
     ):
-        args = check_arguments(args, self.config_class, model, self._name, target)
+        args = check_arguments(type(self), args, model, target)
         self.estimator = self.make_estimator(args)
         self.target = build_target(args.target if target is None else target, args.beta or 1.0)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
