@@ -95,8 +95,7 @@ def leave_one_out_log_z(
     `S` and `N` are the sum and the number of weights that earlier visits to the same prompt left behind (the `running`
     partition); without them this is the plain leave-one-out estimate.
 
-    A sample that is the only evidence seen so far has no estimate from others (`Z_hat_{-i} = 0`): it gets the
-    estimate that includes itself, which bounds its ratio by the number of samples.
+    A sample without others, in the group or the past, gets the estimate from itself.
 
     Args:
         weights (`torch.Tensor`): log importance weights `(P, G)`.
@@ -105,7 +104,7 @@ def leave_one_out_log_z(
         past_count (`torch.Tensor`, *optional*): `N` of shape `(P,)`.
 
     Returns:
-        `torch.Tensor`: shape `(P, G)`; `-inf` only where the prompt has no evidence at all.
+        `torch.Tensor`: shape `(P, G)`; `-inf` where the others have no evidence.
     """
     num_prompts, group_size = weights.shape
     if past_log_sum is None or past_count is None:
@@ -119,7 +118,7 @@ def leave_one_out_log_z(
     others_count = count - valid.to(count.dtype)  # (P, G)
     from_others = torch.logaddexp(siblings.logsumexp(dim=2), past) - others_count.log()
     from_all = torch.logaddexp(weights.logsumexp(dim=1, keepdim=True), past) - count.log()
-    log_z = torch.where((others_count > 0) & (from_others > NEG_INF), from_others, from_all)
+    log_z = torch.where(others_count > 0, from_others, from_all)
     return torch.where(count > 0, log_z, NEG_INF)
 
 
