@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.trainers import ANY_TARGET, TRAINERS
 from tests.trainers.drop_in.runs import BETA, G, Make, close, learn, length_evidence, record, with_adapter
 
 
@@ -27,7 +28,7 @@ def test_beta_zero_is_pure_rl(adapter: str, make: Make, tiny_models: Any) -> Non
         close(batch["advantages"], (rewards - others).flatten())  # REINFORCE with a leave-one-out baseline
 
 
-@pytest.mark.parametrize("other", ["f_dpg", "dpg", "tb"])
+@pytest.mark.parametrize("other", [name for name in ANY_TARGET if not TRAINERS[name].allows_pure_rl])
 def test_beta_zero_is_refused_elsewhere(other: str, make: Make) -> None:
     with pytest.raises(ValueError, match="KLRLTrainer"):
         make(other, {"beta": 0.0})

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.trainers import having
 from tests.trainers.drop_in.runs import G, Make, close, completions, learn, length_evidence, record, sequence_log_probs
 
 
-@pytest.mark.parametrize("kind", ["dpg", "tb"])
+@pytest.mark.parametrize("kind", having(lambda row: row.replays))
 @pytest.mark.parametrize(
     "config",
     [
