@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers.textbook import TEXTBOOK
+from tests.helpers.textbook import TEXTBOOK, kl
 from trl_bayes.divergences import (
     DIVERGENCES,
     Divergence,
@@ -317,26 +317,10 @@ def test_float32_is_accurate(divergence: Divergence, u: float) -> None:
 probabilities = st.lists(st.floats(0.01, 1.0), min_size=5, max_size=5).map(lambda v: np.array(v) / np.sum(v))
 
 
-def kl(p: np.ndarray, q: np.ndarray) -> float:
-    return float((p * np.log(p / q)).sum())
-
-
-# (pi, p) -> D(pi||p)
-DEFINITIONS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "forward_kl": lambda pi, p: kl(p, pi),
-    "reverse_kl": lambda pi, p: kl(pi, p),
-    "jensen_shannon": lambda pi, p: (kl(pi, (pi + p) / 2) + kl(p, (pi + p) / 2)) / 2,
-    "total_variation": lambda pi, p: float(np.maximum(pi - p, 0).sum()),
-    "squared_hellinger": lambda pi, p: 2 - 2 * float(np.sqrt(pi * p).sum()),
-    "pearson_chi2": lambda pi, p: float((pi**2 / p).sum()) - 1,
-    "neyman_chi2": lambda pi, p: float((p**2 / pi).sum()) - 1,
-}
-
-
 @pytest.mark.parametrize("name", NAMED)
 @for_all(pi=probabilities, p=probabilities)
 def test_divergence_of_two_enumerated_distributions(name: str, pi: np.ndarray, p: np.ndarray) -> None:
-    divergence, expected = get_divergence(name), DEFINITIONS[name](pi, p)
+    divergence, expected = get_divergence(name), TEXTBOOK[name].of(pi, p)
     u = torch.from_numpy(np.log(pi) - np.log(p))
     assert (torch.from_numpy(p) * divergence.f(u)).sum().item() == pytest.approx(expected, abs=1e-11, rel=1e-11)
     assert (torch.from_numpy(pi) * divergence.f_over_t(u)).sum().item() == pytest.approx(
