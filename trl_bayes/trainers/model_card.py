@@ -1,7 +1,14 @@
 """What a model card says of the posterior that a model was trained towards."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from transformers import TrainerState
+
+from ..estimators import Estimator
+from ..targets import Target
+from .posterior_config import PosteriorConfig
 
 
 _BEFORE = "### Framework versions"  # a heading of TRL's template
@@ -40,6 +47,17 @@ def posterior_section(target: str, divergence: str, partition: str, log_history:
             *(f"| {label} | {value:.4g} |" for label, value in shown.items()),
         ]
     return "\n".join(lines)
+
+
+def add_section(file: Path, estimator: Estimator, target: Target, args: PosteriorConfig, state: TrainerState) -> None:
+    """Adds the section on the posterior to a model card that TRL has written."""
+    section = posterior_section(
+        repr(target) if estimator.has_posterior else "the largest reward (pure RL, no prior)",
+        estimator.divergence.name,
+        args.partition,
+        state.log_history,
+    )
+    file.write_text(with_section(file.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
 def with_section(card: str, section: str) -> str:

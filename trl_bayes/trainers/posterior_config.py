@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 from trl import GRPOConfig
 
 from ..divergences import DIVERGENCES, Divergence, get_divergence
+from ..partitions import PARTITIONS
 from .exactness import as_mapping, distribution_altering_settings
 
-
-PARTITIONS = ("leave_one_out", "running", "prior_samples", "known")
 
 _NO_EFFECT = (
     "loss_type",
@@ -58,6 +57,10 @@ class PosteriorConfig(GRPOConfig):
             it acts.
         prior_model_name_or_path (`str`, *optional*):
             The prior `pi_0`, when it is not the model that training starts from. Loaded with `model_init_kwargs`.
+        check_log_probs (`bool`, *optional*, defaults to `True`):
+            Before the first update, compares the log-probabilities of a few completions (the policy's, the prior's and
+            vLLM's) with those of a plain forward pass without padding, in evaluation mode. Training stops where they
+            differ by more than rounding: the result would not be the posterior.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target"]
@@ -117,6 +120,13 @@ class PosteriorConfig(GRPOConfig):
         default=None,
         metadata={"help": "Folder of the prior samples. Defaults to `prior_samples` in `output_dir`."},
     )
+    check_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first update, compare the scores of a few completions with a plain unpadded forward "
+            "pass, and stop where they differ by more than rounding."
+        },
+    )
     pseudo_reward_cap: float | None = field(
         default=None,
         metadata={
@@ -159,8 +169,15 @@ class PosteriorConfig(GRPOConfig):
         raise NotImplementedError(f"{type(self).__name__} names no divergence: use the config of a trainer.")
 
     def ineffective_settings(self) -> list[str]:
-        """GRPO parameters that the user changed and that these trainers do not use."""
-        return [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]
+        """A sentence for GRPO parameters that the user changed and that these trainers do not use."""
+        changed = [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]
+        if not changed:
+            return []
+        names = " and ".join(f"`{name}`" for name in changed)
+        return [
+            f"{names} {'has' if len(changed) == 1 else 'have'} no effect: the loss is the divergence to the "
+            "posterior, not GRPO's, and it does not clip ratios."
+        ]
 
 
 @dataclass

@@ -19,17 +19,14 @@ from tests.helpers import textbook
 from trl_bayes.divergences import DIVERGENCES, Divergence, get_divergence
 from trl_bayes.estimators import (
     divergence_estimates,
-    effective_sample_size,
-    group_log_z,
     importance_coefficient,
     leave_one_out_baseline,
-    leave_one_out_log_z,
     leave_one_out_mean,
-    log_weights,
     score_function_coefficient,
     trajectory_balance_coefficient,
     vargrad_log_z,
 )
+from trl_bayes.groups import effective_sample_size, group_log_z, leave_one_out_log_z, log_weights
 
 
 INF = math.inf

@@ -1,0 +1,137 @@
+"""Groups of completions: what is known of each one, importance weights, and log Z from them.
+
+`P` prompts have `G` completions each, drawn from a proposal `q` (the policy that generated them). All quantities are
+per-sequence log-probabilities in nats. With `P(y|x) = pi_0(y|x) exp(phi(x, y))` the unnormalized posterior,
+
+    log w_i = log P(y_i) - log q(y_i),    Z_hat = mean_i w_i.
+
+`valid` is a boolean mask `(P, G)`: completions that no reward function scored are absent from every sum. Nothing here
+knows a model or a trainer, and every function is checked against exact enumeration in `tests/test_groups.py`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+NEG_INF = float("-inf")
+
+
+class Group(NamedTuple):
+    """What is known of the `G` completions of each of `P` prompts; in nats, each of shape `(P, G)`."""
+
+    log_policy: torch.Tensor
+    """`log pi` of the policy that is trained, at the time of sampling."""
+    log_proposal: torch.Tensor
+    """`log q` of the distribution that the completions were sampled from."""
+    log_prior: torch.Tensor
+    """`log pi_0`; zeros in pure RL, which has no prior."""
+    phi: torch.Tensor
+    """The log-potential; `-inf` outside the posterior's support, `NaN` for a completion without any reward."""
+    prompt_keys: torch.Tensor | None = None
+    """Identity of each prompt, int64 `(P,)`, where someone has to know it."""
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """Which completions have a log-potential, boolean `(P, G)`."""
+        return ~self.phi.isnan()
+
+    @property
+    def log_target(self) -> torch.Tensor:
+        """`log P = log pi_0 + phi`; the prior's alone where there is no log-potential."""
+        return self.log_prior + self.phi.masked_fill(~self.valid, 0.0)
+
+    @property
+    def log_weights(self) -> torch.Tensor:
+        """`log w = log P - log q`."""
+        return log_weights(self.log_target, self.log_proposal)
+
+
+def finite_exp(x: torch.Tensor) -> torch.Tensor:
+    """`e^x`, at most the root of the largest float: what lies beyond is as good as infinite, but must not overflow."""
+    return x.clamp(max=math.log(torch.finfo(x.dtype).max) / 2).exp()
+
+
+def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.Tensor:
+    """
+    Importance weights of samples from `q` for the unnormalized posterior: `log w = log P - log q`, in nats.
+
+    Args:
+        log_target (`torch.Tensor`):
+            `log P = log pi_0 + phi` of shape `(P, G)`; `-inf` outside the posterior's support.
+        log_proposal (`torch.Tensor`):
+            `log q` of the distribution that the completions were sampled from, shape `(P, G)`.
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`.
+    """
+    return log_target - log_proposal
+
+
+def group_log_z(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Marginal likelihood of each prompt from its whole group: `log Z_hat = log mean_i w_i`, unbiased for `Z`.
+
+    Args:
+        weights (`torch.Tensor`): log importance weights `(P, G)`.
+        valid (`torch.Tensor`): boolean `(P, G)`.
+
+    Returns:
+        `torch.Tensor`: shape `(P,)`; `-inf` for a group without evidence (or without a valid completion).
+    """
+    total = weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1)
+    return total - valid.sum(dim=1).clamp(min=1).to(weights.dtype).log()
+
+
+def leave_one_out_log_z(
+    weights: torch.Tensor,
+    valid: torch.Tensor,
+    past_log_sum: torch.Tensor | None = None,
+    past_count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Evidence for each sample from all samples but itself: `Z_hat_{-i} = (S + sum_{j != i} w_j) / (N + n - 1)`.
+
+    A sample's own weight in its `Z` shrinks its ratio `w_i / Z_hat`, which biases the gradient; its siblings' do not.
+    `S` and `N` are the sum and the number of weights that earlier visits to the same prompt left behind (the `running`
+    partition); without them this is the plain leave-one-out estimate.
+
+    A sample that is the only evidence seen so far has no estimate from others (`Z_hat_{-i} = 0`): it gets the
+    estimate that includes itself, which bounds its ratio by the number of samples.
+
+    Args:
+        weights (`torch.Tensor`): log importance weights `(P, G)`.
+        valid (`torch.Tensor`): boolean `(P, G)`.
+        past_log_sum (`torch.Tensor`, *optional*): `log S` of shape `(P,)`, `-inf` where there is no past.
+        past_count (`torch.Tensor`, *optional*): `N` of shape `(P,)`.
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`; `-inf` only where the prompt has no evidence at all.
+    """
+    num_prompts, group_size = weights.shape
+    if past_log_sum is None or past_count is None:
+        past_log_sum = weights.new_full((num_prompts,), NEG_INF)
+        past_count = weights.new_zeros(num_prompts)
+    weights = weights.masked_fill(~valid, NEG_INF)
+    itself = torch.eye(group_size, dtype=torch.bool, device=weights.device)
+    siblings = weights.unsqueeze(1).expand(-1, group_size, -1).masked_fill(itself, NEG_INF)  # (P, i, j != i)
+    past = past_log_sum.unsqueeze(1)  # (P, 1)
+    count = past_count.unsqueeze(1) + valid.sum(dim=1, keepdim=True)  # (P, 1)
+    others_count = count - valid.to(count.dtype)  # (P, G)
+    from_others = torch.logaddexp(siblings.logsumexp(dim=2), past) - others_count.log()
+    from_all = torch.logaddexp(weights.logsumexp(dim=1, keepdim=True), past) - count.log()
+    log_z = torch.where((others_count > 0) & (from_others > NEG_INF), from_others, from_all)
+    return torch.where(count > 0, log_z, NEG_INF)
+
+
+def effective_sample_size(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Kish's effective sample size as a fraction of the group: `(sum w)^2 / (n sum w^2)`, shape `(P,)`, in [0, 1].
+
+    1 means that the proposal is the posterior; 0 is returned for a group without evidence.
+    """
+    weights = weights.masked_fill(~valid, NEG_INF)
+    count = valid.sum(dim=1).clamp(min=1)
+    fraction = (2 * weights.logsumexp(dim=1) - (2 * weights).logsumexp(dim=1)).exp() / count
+    return torch.nan_to_num(fraction, nan=0.0)
