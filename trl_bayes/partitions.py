@@ -20,6 +20,8 @@ class LogZ(NamedTuple):
     `-inf` for a prompt without evidence."""
     of_prompt: torch.Tensor
     """The best estimate there is, `(P,)`, for metrics."""
+    is_informed: torch.Tensor
+    """Whether more than this group tells it, boolean `(P,)`."""
 
 
 class Partition(ABC):
@@ -76,7 +78,8 @@ class LeaveOneOut(Partition):
 
     def log_z(self, group: Group) -> LogZ:
         weights, valid = group.log_weights, group.valid
-        return LogZ(leave_one_out_log_z(weights, valid), group_log_z(weights, valid))
+        of_prompt = group_log_z(weights, valid)
+        return LogZ(leave_one_out_log_z(weights, valid), of_prompt, torch.zeros_like(of_prompt, dtype=torch.bool))
 
 
 class Running(Partition):
@@ -92,6 +95,7 @@ class Running(Partition):
 
     def __init__(self) -> None:
         self._past: dict[int, tuple[float, float]] = {}  # prompt key -> (log sum of weights, number of weights)
+        self._told: set[int] = set()  # keys of prompts of which some group has told Z
 
     def __len__(self) -> int:
         return len(self._past)
@@ -102,7 +106,8 @@ class Running(Partition):
         total = torch.logaddexp(weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1), log_sum)
         number = valid.sum(dim=1) + count
         pooled = torch.where(number > 0, total - number.log(), NEG_INF)
-        return LogZ(leave_one_out_log_z(weights, valid, log_sum, count), pooled)
+        told = torch.tensor([key in self._told for key in _keys(group).tolist()], device=pooled.device)
+        return LogZ(leave_one_out_log_z(weights, valid, log_sum, count), pooled, told)
 
     def past(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -125,6 +130,7 @@ class Running(Partition):
         for key, log_sum, count in zip(_keys(group).tolist(), log_sums, counts, strict=True):
             past_log_sum, past_count = self._past.get(key, (NEG_INF, 0.0))
             self._past[key] = (_log_add(past_log_sum, log_sum), past_count + count)
+        self._told.update(_keys(group)[group.tells_z].tolist())
 
     def latest(self, keys: torch.Tensor) -> torch.Tensor:
         """The estimate `log Z` of some prompts, shape `(B,)`, in nats; `-inf` where nothing is known."""
@@ -132,18 +138,20 @@ class Running(Partition):
         return torch.where(count > 0, log_sum - count.log(), NEG_INF)
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state as three lists, for a checkpoint."""
+        """The whole state as lists, for a checkpoint."""
         keys = list(self._past)
         return {
             "keys": keys,
             "log_sum": [self._past[key][0] for key in keys],
             "count": [self._past[key][1] for key in keys],
+            "told": [key in self._told for key in keys],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replaces the state by a saved one."""
         values = zip(state["log_sum"], state["count"], strict=True)
         self._past = dict(zip(state["keys"], values, strict=True))
+        self._told = {key for key, told in zip(state["keys"], state["told"], strict=True) if told}
 
 
 class FromPriorSamples(Partition):
@@ -237,7 +245,7 @@ def _keys(group: Group) -> torch.Tensor:
 def _fixed(log_z: torch.Tensor, group: Group) -> LogZ:
     """One `log Z` for a whole group, from `(P,)`."""
     log_z = log_z.to(group.log_policy)
-    return LogZ(log_z.unsqueeze(1).expand_as(group.phi), log_z)
+    return LogZ(log_z.unsqueeze(1).expand_as(group.phi), log_z, torch.ones_like(log_z, dtype=torch.bool))
 
 
 def _log_add(a: float, b: float) -> float:

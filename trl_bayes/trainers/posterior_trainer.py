@@ -36,14 +36,14 @@ from .learning_from_prior import (
     unrecorded,
 )
 from .log_prob_check import refuse_inexact
-from .metrics import group_metrics, loss_metrics, show_advantages
+from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
 from .model_card import add_section
 from .posterior_config import PosteriorConfig
 from .prior import make_exact, prior_of_its_own
 from .refusals import (
     check_arguments,
     check_log_potential,
-    inexact_model_defaults,
+    refuse_inexact_model_defaults,
     refuse_infinite_divergence,
     refuse_unsampled_prior,
 )
@@ -121,8 +121,8 @@ class PosteriorTrainer(GRPOTrainer):
         self.target = build_target(args.target if target is None else target, args.beta or 1.0)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
-        for sentence in args.ineffective_settings():
-            warn(sentence)
+        if ineffective := args.ineffective_settings():
+            warn(ineffective)
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,
@@ -142,8 +142,9 @@ class PosteriorTrainer(GRPOTrainer):
             )
         make_exact(self.model, self.ref_model, self.accelerator, without_noise=args.disable_dropout)
         if not self.use_vllm:  # which is given TRL's settings only
-            for sentence in inexact_model_defaults(self.model.generation_config, self.generation_kwargs):
-                raise ValueError(sentence)
+            refuse_inexact_model_defaults(self.model.generation_config, self.generation_kwargs, args)
+        if args.inexact:
+            warn(" ".join(inexact.fixed_point for inexact in args.inexact))
         self.target.bind(self.reward_func_names, self.reward_weights)
         refuse_unsampled_prior(self.target, self.partition, args, self._datasets(), bool(self.environment_factories))
         self._is_checked = not args.check_log_probs
@@ -216,6 +217,8 @@ class PosteriorTrainer(GRPOTrainer):
             if self.model.training != training:
                 self.model.train(training)
         output["rewards"] = torch.stack([row[_REWARDS] for row in rows])
+        if self.mask_truncated_completions:  # whose tokens TRL has masked: they are no outcomes
+            output["rewards"][~output["completion_mask"].any(dim=1)] = torch.nan
         return output
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -262,7 +265,7 @@ class PosteriorTrainer(GRPOTrainer):
         group = self._gather_group(local, output, row.argsort())
         log_z = self.partition.log_z(group)
         terms = group_terms(group, log_z.of_completion, self.estimator, self.args.pseudo_reward_cap)
-        self._log(group_metrics(group, terms, log_z, self.estimator))
+        self._log(group_metrics(group, terms, log_z, self.estimator) | token_kl(policy, output, self.accelerator))
         self._log({f"posterior/target/{name}": value for name, value in self.target.diagnostics().items()})
         show_advantages(cast("deque[float]", self._logs["advantages"]), terms.advantages)
         if self.model.training:

@@ -11,7 +11,7 @@ from trl.trainer.utils import get_config_model_id
 from ..divergences import Divergence
 from ..partitions import Partition
 from ..targets import Target
-from .exactness import distribution_altering_settings
+from .exactness import Inexact, distribution_altering_settings
 from .posterior_config import PosteriorConfig
 
 
@@ -60,24 +60,34 @@ def refuse_infinite_divergence(target: Target, divergence: Divergence) -> None:
         )
 
 
-def inexact_model_defaults(config: GenerationConfig, set_by_trl: Mapping[str, Any]) -> list[str]:
+def refuse_inexact_model_defaults(
+    config: GenerationConfig, set_by_trl: Mapping[str, Any], args: PosteriorConfig
+) -> None:
     """
-    What a model's own `generation_config` fills in where TRL leaves a setting open (e.g. `no_repeat_ngram_size`).
+    Refuses what a model's own `generation_config` fills in where TRL leaves a setting open (`no_repeat_ngram_size`).
+
+    With `inexact_settings="warn"` it is added to what the configuration knows to be inexact.
 
     Args:
         config ([`~transformers.GenerationConfig`]): the model's.
         set_by_trl (`Mapping[str, Any]`): settings that TRL gives; `None` leaves one open.
+        args ([`PosteriorConfig`]): of the trainer.
 
-    Returns:
-        `list[str]`: a sentence for each that changes the sampled distribution.
+    Raises:
+        ValueError: one sentence.
     """
     given = {"do_sample", *(name for name, value in set_by_trl.items() if value is not None)}
     own = {name: value for name, value in config.to_dict().items() if name not in given}
-    return [
-        f"The model's generation_config has `{name}={own[name]}`, which changes the distribution that completions are "
-        f"sampled from, but not the one that is scored: {advice} in `model.generation_config`."
-        for name, advice in distribution_altering_settings(own).items()
-    ]
+    for name, advice in distribution_altering_settings(own).items():
+        what = f"The model's generation_config has `{name}={own[name]}`"
+        inexact = Inexact(
+            f"{what}, which changes the distribution that completions are sampled from, but not the one that is "
+            f"scored: {advice} in `model.generation_config`.",
+            f"{what}, with which the policy is corrected only where it is sampled.",
+        )
+        if args.inexact_settings == "refuse":
+            raise ValueError(inexact.refusal)
+        args.inexact.append(inexact)
 
 
 def refuse_unsampled_prior(
