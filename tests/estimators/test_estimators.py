@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers import textbook
 from trl_bayes.divergences import DIVERGENCES, Divergence, get_divergence
 from trl_bayes.estimators import (
     divergence_estimates,
@@ -70,15 +71,9 @@ HARD = space(vector(0.6, -INF, 0.3, 1.5, -INF))
 SPACES = {"soft": SOFT, "hard": HARD}
 
 
-# f(t) and f'(inf), as in formulas: independent of trl_bayes.divergences
+# f(t) and f'(inf)
 TEXTBOOK: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "forward_kl": (lambda t: -t.log(), 0.0),
-    "reverse_kl": (lambda t: t * t.log(), INF),
-    "jensen_shannon": (lambda t: (t * t.log() - (t + 1) * ((t + 1) / 2).log()) / 2, math.log(2) / 2),
-    "total_variation": (lambda t: (t - 1).abs() / 2, 0.5),
-    "squared_hellinger": (lambda t: (t.sqrt() - 1).square(), 1.0),
-    "pearson_chi2": (lambda t: (t - 1).square(), INF),
-    "neyman_chi2": (lambda t: (1 - t).square() / t, 1.0),
+    **{name: (row.f, row.slope_at_infinity) for name, row in textbook.TEXTBOOK.items()},
     "alpha=-0.5": (lambda t: (t**-0.5 + 0.5 * t - 1.5) / 0.75, 1 / 1.5),
     "alpha=0.3": (lambda t: (t**0.3 - 0.3 * t - 0.7) / (0.3 * -0.7), 1 / 0.7),
     "alpha=1.6": (lambda t: (t**1.6 - 1.6 * t + 0.6) / (1.6 * 0.6), INF),
