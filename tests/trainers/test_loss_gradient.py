@@ -719,7 +719,7 @@ def test_expected_gradient_is_that_of_the_divergence(
     assert log_q.exp().sum().item() == pytest.approx(1, abs=1e-6)
     if not case.startswith("kl_rl"):
         monkeypatch.setattr(
-            trainer, "choose_log_z", lambda group, valid, estimate: torch.full_like(group.log_target, log_z.item())
+            trainer.estimator, "choose_log_z", lambda group, estimate: torch.full_like(estimate, log_z.item())
         )
     completions = [EVERY_COMPLETION[i] for pair in PAIRS for i in pair]
     batch = generate(trainer, completions, [PROMPT] * len(completions))

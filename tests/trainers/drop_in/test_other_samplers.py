@@ -62,7 +62,7 @@ def test_rollout_function(with_log_probs: bool, kind: str, make: Make, monkeypat
     trainer = make(kind, config, rollout_func=rollout, reward_funcs=grade_reward)
     recorded = record(trainer)
     learn(trainer)
-    assert len(trainer.running_partition) == len(PROMPTS)  # the fields that it adds are no part of the prompt
+    assert len(trainer.partition) == len(PROMPTS)  # the fields that it adds are no part of the prompt
     batch, log_policy, _ = recorded[0]
     own_tokens = batch["completion_mask"].sum(dim=1) - 1
     close(batch["log_proposal"], -5.0 * own_tokens if with_log_probs else log_policy)

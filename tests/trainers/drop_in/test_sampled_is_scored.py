@@ -117,7 +117,7 @@ def test_reuse_of_completions_corrects_for_the_policy_that_moved(kind: str, make
     for (sequences, actual), ratio in zip(seen, ratios, strict=True):
         log_t = sequences.log_policy - sequences.log_target + sequences.log_z
         # Z cancels in KL-RL's own formula: it is left out of both the pseudo-reward and the baseline
-        slope = log_t - sequences.log_z if kind == "kl_rl" else trainer.divergence.slope(log_t)
+        slope = log_t - sequences.log_z if kind == "kl_rl" else trainer.estimator.divergence.slope(log_t)
         close(actual, ratio * (slope + sequences.baseline))
 
 
