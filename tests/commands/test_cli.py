@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.trainers import TRAINERS
 from trl_bayes import __version__, cli
 
 
 ROOT = Path(__file__).parents[2]
-TRAINING = {"kl-rl", "f-dpg", "dpg", "tb"}
+TRAINING = {name.replace("_", "-") for name in TRAINERS}
 
 
 def test_commands_are_those_of_the_folder_and_take_argv() -> None:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from trl_bayes.statistics.log_z import effective_sample_size, group_log_z, log_z_per_prompt, log_z_variance
+from trl_bayes.groups import effective_sample_size, pooled_log_z
+from trl_bayes.statistics.log_z import log_z_per_prompt, log_z_variance
 
 
 def test_evidence_that_a_bound_shows_to_be_missing() -> None:
@@ -41,7 +42,7 @@ def test_rows_and_flat_arrays_agree() -> None:
     order = torch.randperm(len(index), generator=generator)
     z = log_z_per_prompt(log_weights[valid][order], index[order], 4)
     some = [0, 1, 3]
-    torch.testing.assert_close(z.log_z[some], group_log_z(log_weights, valid)[some])
+    torch.testing.assert_close(z.log_z[some], pooled_log_z(log_weights, valid)[some])
     torch.testing.assert_close(z.variance, log_z_variance(log_weights, valid), equal_nan=True)
     torch.testing.assert_close(z.effective_samples, effective_sample_size(log_weights, valid) * valid.sum(dim=1))
     assert z.log_z[2].isnan() and not z.trusted and math.isnan(z.average().value)
@@ -51,7 +52,7 @@ def test_the_variance_is_that_of_repetitions() -> None:
     generator = torch.Generator().manual_seed(1)
     log_weights = torch.randn(4000, 400, generator=generator, dtype=torch.float64) / 2
     valid = torch.ones_like(log_weights, dtype=torch.bool)
-    spread = group_log_z(log_weights, valid).var().item()
+    spread = pooled_log_z(log_weights, valid).var().item()
     assert log_z_variance(log_weights, valid).mean().item() == pytest.approx(spread, rel=0.07)  # 3 standard errors
 
 

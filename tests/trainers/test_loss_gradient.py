@@ -18,16 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import RLOOConfig, RLOOTrainer
 
-from trl_bayes import (
-    DPGConfig,
-    DPGTrainer,
-    FDPGConfig,
-    FDPGTrainer,
-    KLRLConfig,
-    KLRLTrainer,
-    TrajectoryBalanceConfig,
-    TrajectoryBalanceTrainer,
-)
+from tests.helpers.trainers import QUIET, TRAINERS
 from trl_bayes.benchmarks.tiny import EnumerableTask
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
@@ -48,12 +39,6 @@ A, B, EOS = 0, 1, 2  # token ids
 COMPLETIONS = [[A, B], [EOS], [B, EOS], [B, A], [A, A], [A, EOS], [B, B], [EOS]]
 PROMPTS = ["a"] * GROUP_SIZE + ["b a"] * GROUP_SIZE
 
-TRAINERS: dict[str, tuple[type[PosteriorTrainer], type]] = {
-    "kl_rl": (KLRLTrainer, KLRLConfig),
-    "f_dpg": (FDPGTrainer, FDPGConfig),
-    "dpg": (DPGTrainer, DPGConfig),
-    "tb": (TrajectoryBalanceTrainer, TrajectoryBalanceConfig),
-}
 CASES = [
     "kl_rl:reverse_kl",
     "f_dpg:jensen_shannon",
@@ -87,23 +72,19 @@ def make(folder: str, tmp_path: Path) -> Make:
 
     def make_trainer(case: str, reward_func: Reward = reward, target: Any = None, **settings: Any) -> PosteriorTrainer:
         method, _, divergence = case.partition(":")
-        trainer_class, config_class = TRAINERS[method]
-        if method in ("f_dpg", "tb"):
+        row = TRAINERS[method]
+        if row.chooses_divergence:
             settings["divergence"] = divergence
         defaults = {"beta": BETA, "partition": "leave_one_out", "num_generations": GROUP_SIZE}
         # Two micro-batches, so that groups are scored before the loss; `test_scored_by_the_update` has one
         defaults |= {"per_device_train_batch_size": len(PROMPTS), "gradient_accumulation_steps": 2}
-        args = config_class(
+        args = row.config(
             output_dir=str(tmp_path),
             max_completion_length=TASK.max_completion_length,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32"},
-            **{**defaults, **settings},
+            **{**QUIET, **defaults, **settings},
         )
-        trainer = trainer_class(
+        trainer = row.trainer(
             model=folder, reward_funcs=[reward_func], args=args, train_dataset=TASK.dataset(8), target=target
         )
         perturb(trainer, seed=0)
@@ -738,7 +719,7 @@ def test_expected_gradient_is_that_of_the_divergence(
     assert log_q.exp().sum().item() == pytest.approx(1, abs=1e-6)
     if not case.startswith("kl_rl"):
         monkeypatch.setattr(
-            trainer, "choose_log_z", lambda group, valid, estimate: torch.full_like(group.log_target, log_z.item())
+            trainer.estimator, "choose_log_z", lambda group, estimate: torch.full_like(estimate, log_z.item())
         )
     completions = [EVERY_COMPLETION[i] for pair in PAIRS for i in pair]
     batch = generate(trainer, completions, [PROMPT] * len(completions))

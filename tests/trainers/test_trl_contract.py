@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -33,6 +33,8 @@ from trl.trainer.utils import (
 )
 
 import trl_bayes
+from tests.helpers.trainers import QUIET
+from tests.helpers.training import length_reward, lora
 from trl_bayes.trainers import posterior_config, posterior_trainer
 
 
@@ -40,10 +42,6 @@ PACKAGE = Path(trl_bayes.__file__).parent
 G = 2
 BATCH = 2 * G
 PROMPTS = ["The sky is", "Rain", "Explicit is better than", "Two plus two makes"]
-
-
-def length_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    return [len(ids) / 4 for ids in completion_ids]
 
 
 class Watched(GRPOTrainer):
@@ -81,13 +79,7 @@ def make(tiny_models: Any, tmp_path: Path) -> Make:
     def make_trainer(config: dict[str, Any] | None = None, cls: type = Watched, **arguments: Any) -> Watched:
         defaults = {
             "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
+            **QUIET,
             "max_steps": 1,
             "per_device_train_batch_size": BATCH,
             "num_generations": G,
@@ -474,10 +466,6 @@ def test_masked_positions_have_finite_log_probs(make: Make) -> None:
 
 
 # --- The reference model ---------------------------------------------------------------------------------------------
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
 def test_where_the_reference_comes_from(make: Make, tiny_models: Any) -> None:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..statistics.log_z import effective_sample_size, group_log_z, log_z_variance
+from ..groups import effective_sample_size, pooled_log_z
+from ..statistics.log_z import log_z_variance
 from .context import Context, LogPotential
 
 
@@ -120,7 +121,7 @@ def log_z_from_prior(phi: torch.Tensor) -> LogZEstimate:
     valid = ~phi.isnan()
     count = valid.sum(dim=1)  # (P,)
     log_weights = phi.masked_fill(~valid, -math.inf)
-    log_z = torch.where(count > 0, group_log_z(phi, valid), torch.nan)
+    log_z = torch.where(count > 0, pooled_log_z(phi, valid), torch.nan)
     known = (count > 1) & (log_z > -math.inf)
     shares = (log_weights - log_weights.logsumexp(dim=1, keepdim=True)).exp()
     standard_error = (log_z_variance(phi, valid) * (1 + _skewness_of_mean(shares, valid))).sqrt()

@@ -1,9 +1,9 @@
-"""log Z and the effective sample size from importance weights, for all who have weighted samples.
+"""log Z from importance weights with its error, for all who have weighted samples.
 
     log w_i = log P(y_i) - log q(y_i),    Z_hat = mean_i w_i,    ESS = (sum w)^2 / sum w^2
 
-With samples of the prior, `log w = phi`. Groups are rows, `(P, N)`, with a mask of what counts; where prompts have
-different numbers of samples, arrays are flat, `(N,)`, with `prompt_index` (N,).
+With samples of the prior, `log w = phi`. The estimates are those of [`trl_bayes.groups`]; here arrays are flat (N,),
+with `prompt_index` (N,), since prompts may have different numbers of samples.
 """
 
 from typing import Any, NamedTuple
@@ -11,46 +11,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..groups import effective_sample_size, pooled_log_z
 from .estimate import Estimate, average, enough_of_each
 
 
 MIN_WEIGHT_OF_BOUND = 3
 
 
-def group_log_z(log_weights: Tensor, valid: Tensor) -> Tensor:
+def log_z_variance(log_weights: Tensor, valid: Tensor) -> Tensor:
     """
-    Marginal likelihood of each prompt from its whole group: `log Z_hat = log mean_i w_i`, unbiased for `Z`.
+    Variance of [`~trl_bayes.groups.pooled_log_z`], (P,), by the delta method: that of the mean weight over its square.
+
+    With ESS as a number of samples it is `(1/ESS - 1/n) n / (n - 1)`. NaN for a group without evidence, and 0 for a
+    single completion.
 
     Args:
         log_weights (`torch.Tensor`): (P, N) in nats.
-        valid (`torch.Tensor`): boolean (P, N).
-
-    Returns:
-        `torch.Tensor`: shape (P,); `-inf` for a group without evidence (or without a valid completion).
-    """
-    total = log_weights.masked_fill(~valid, -torch.inf).logsumexp(dim=1)
-    return total - valid.sum(dim=1).clamp(min=1).to(log_weights.dtype).log()
-
-
-def effective_sample_size(log_weights: Tensor, valid: Tensor) -> Tensor:
-    """
-    Kish's effective sample size as a fraction of the group: `(sum w)^2 / (n sum w^2)`, shape (P,), in [0, 1].
-
-    1 means that all weights are equal, as they are where the proposal is the posterior; 0 is returned for a group
-    without evidence. Arguments as [`group_log_z`].
-    """
-    log_weights = log_weights.masked_fill(~valid, -torch.inf)
-    count = valid.sum(dim=1).clamp(min=1)
-    fraction = (2 * log_weights.logsumexp(dim=1) - (2 * log_weights).logsumexp(dim=1)).exp() / count
-    return torch.nan_to_num(fraction, nan=0.0)
-
-
-def log_z_variance(log_weights: Tensor, valid: Tensor) -> Tensor:
-    """
-    Variance of [`group_log_z`], (P,), by the delta method: that of the mean weight over its square.
-
-    With ESS as a number of samples it is `(1/ESS - 1/n) n / (n - 1)`. NaN for a group without evidence, and 0 for a
-    single completion. Arguments as [`group_log_z`].
+        valid (`torch.Tensor`): boolean (P, N), what counts.
     """
     fraction = effective_sample_size(log_weights, valid)
     count = valid.sum(dim=1)
@@ -107,7 +84,7 @@ def log_z_per_prompt(
     groups = [group.unsqueeze(0) for group in log_weights[order].split(count.tolist())]
     log_z, variance, fraction = (
         torch.cat([measure(group, torch.ones_like(group, dtype=torch.bool)) for group in groups])
-        for measure in (group_log_z, log_z_variance, effective_sample_size)
+        for measure in (pooled_log_z, log_z_variance, effective_sample_size)
     )
     log_z, effective = torch.where(count > 0, log_z, torch.nan), fraction * count
     trusted, note = enough_of_each(effective, "effective samples of the posterior")
