@@ -72,58 +72,55 @@ def tabulate(columns: Sequence[Column], rows: Sequence[RunRecord]) -> MetricTabl
     return MetricTable(shown, cells, footnotes)
 
 
+_KL_PRIOR = Column(
+    "kl_prior",
+    "KL(π‖π₀)",
+    "How far the policy has moved from the prior. The posterior moves as far as the evidence requires; "
+    "farther is a loss of what the prior knew.",
+)
+_FORWARD_KL = Column(
+    "forward_kl",
+    "KL(p‖π)",
+    "Does the policy still produce everything that the posterior produces? Zero if π is p; large if it has "
+    "dropped some of it, as a collapsed policy has.",
+)
+_REVERSE_KL = Column(
+    "reverse_kl",
+    "KL(π‖p)",
+    "The same the other way round: does the policy produce what the posterior does not? Zero if π is p. This "
+    "is what RL with a KL penalty minimizes.",
+)
+_REVERSE_KL_INSIDE = Column(
+    "reverse_kl_inside",
+    "KL(π‖p) inside",
+    "The same the other way round, for the part of π that p allows: does the policy prefer some completions "
+    "over others more than p does? Zero if it does not. Over all of π it would be infinite, because p forbids "
+    "some completions that π still produces.",
+)
+_MASS_OUTSIDE = Column(
+    "mass_outside",
+    "forbidden",
+    "The share of the policy's completions that the posterior never produces. Zero is the goal.",
+    percent=True,
+)
+_TOTAL_VARIATION = Column(
+    "total_variation",
+    "TV(π, p)",
+    "The largest difference in probability that π and p give to any event: 0 if they are the same, 1 if they "
+    "have nothing in common.",
+)
+_ENTROPY = Column(
+    "entropy",
+    "entropy",
+    "How unpredictable a completion is. A policy that always says the same has entropy 0.",
+)
+
+
 def distance_columns(report: Report) -> list[Column]:
     """The reward, distances and entropy; with a hard target, KL(π‖p) inside its support in place of an infinity."""
-    inside = [
-        Column(
-            "reverse_kl_inside",
-            "KL(π‖p) inside",
-            "The same the other way round, for the part of π that p allows: does the policy prefer some completions "
-            "over others more than p does? Zero if it does not. Over all of π it would be infinite, because p forbids "
-            "some completions that π still produces.",
-        ),
-        Column(
-            "mass_outside",
-            "forbidden",
-            "The share of the policy's completions that the posterior never produces. Zero is the goal.",
-            percent=True,
-        ),
-    ]
-    reverse = [
-        Column(
-            "reverse_kl",
-            "KL(π‖p)",
-            "The same the other way round: does the policy produce what the posterior does not? Zero if π is p. This "
-            "is what RL with a KL penalty minimizes.",
-        )
-    ]
-    return [
-        Column("reward", report.reward_label, "The reward, averaged over completions.", report.reward_is_share),
-        Column(
-            "kl_prior",
-            "KL(π‖π₀)",
-            "How far the policy has moved from the prior. The posterior moves as far as the evidence requires; "
-            "farther is a loss of what the prior knew.",
-        ),
-        Column(
-            "forward_kl",
-            "KL(p‖π)",
-            "Does the policy still produce everything that the posterior produces? Zero if π is p; large if it has "
-            "dropped some of it, as a collapsed policy has.",
-        ),
-        *(inside if report.hard else reverse),
-        Column(
-            "total_variation",
-            "TV(π, p)",
-            "The largest difference in probability that π and p give to any event: 0 if they are the same, 1 if they "
-            "have nothing in common.",
-        ),
-        Column(
-            "entropy",
-            "entropy",
-            "How unpredictable a completion is. A policy that always says the same has entropy 0.",
-        ),
-    ]
+    reward = Column("reward", report.reward_label, "The reward, averaged over completions.", report.reward_is_share)
+    reverse = [_REVERSE_KL_INSIDE, _MASS_OUTSIDE] if report.hard else [_REVERSE_KL]
+    return [reward, _KL_PRIOR, _FORWARD_KL, *reverse, _TOTAL_VARIATION, _ENTROPY]
 
 
 def reward_columns(report: Report) -> list[Column]:

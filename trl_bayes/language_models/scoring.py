@@ -10,7 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .completions import Completions, Outcome
-from .generation import evaluating, pad_rows
+from .generation import evaluating
+from .padding import pad_rows
 from .settings import SamplingSettings
 
 
@@ -59,7 +60,8 @@ def _batch_log_probs(
     positions = torch.arange(1, ids.size(1)).unsqueeze(0)  # (1, L-1) of the tokens that are predicted
     own = ((positions >= starts) & mask[:, 1:].bool()).to(device)  # (B, L-1)
     ids, mask = ids.to(device), mask.to(device)
-    logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).logits.float() / temperature  # (B, L-1, V)
+    logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).logits
+    logits = logits[:, 1 - ids.size(1) :].float() / temperature  # (B, L-1, V), behind an adapter's virtual tokens
     chosen = logits.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
     per_token = (chosen - logits.logsumexp(dim=2)).double()  # (B, L-1)
     return torch.where(own, per_token, 0.0).sum(dim=1).cpu()
