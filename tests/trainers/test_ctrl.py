@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import HfArgumentParser
 
 from trl_bayes import CTRLConfig, CTRLTrainer, KLRLConfig, KLRLTrainer, cli
-from trl_bayes.benchmarks.calibrated_benchmark import ranked_task
+from trl_bayes.benchmarks.calibrated import ranked_task
 from trl_bayes.targets import Calibrated
 from trl_bayes.targets.transforms import beta_for_kl, calibrated_law, ctrl_best_of_n, ctrl_worst_of_n
 
