@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from .enumeration import PolicyFit
 from .exact_training import ExactProblem, ExactRun, problems, train, trainers
+from .figure import TrainingCurves
 from .jobs import in_order
 from .learning_curve import log_spaced
 from .section import Findings, check_words
@@ -126,14 +127,9 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "∞"
 
 
-def _curves(runs: Sequence[ExactRun]) -> list[Any]:
-    by_problem: dict[str, list[ExactRun]] = {}
-    for run in runs:
-        by_problem.setdefault(run.problem, []).append(run)
-    return [
-        curves_of(group, lambda fit: fit.forward_kl, group[0].curve[0].value.forward_kl)
-        for group in by_problem.values()
-    ]
+def _curves(runs: Sequence[ExactRun]) -> list[TrainingCurves]:
+    groups = [[run for run in runs if run.problem == name] for name in dict.fromkeys(run.problem for run in runs)]
+    return [curves_of(group, lambda fit: fit.forward_kl, group[0].curve[0].value.forward_kl) for group in groups]
 
 
 def to_record(run: ExactRun) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .. import (
     TrajectoryBalanceTrainer,
 )
 from ..targets import Constraint, Target, Tilt
+from ..trainers.posterior_trainer import PosteriorTrainer
 from .enumeration import PolicyFit
 from .learning_curve import train_recorded
 from .tiny import EnumerableTask, balance_task, bigram_task, hard_constraint_task, letter_count_task
@@ -216,7 +217,7 @@ def train(
 class Trained(NamedTuple):
     """A training run on an enumerable task, for all completions of each prompt."""
 
-    trainer: Any
+    trainer: PosteriorTrainer
     rewards: torch.Tensor
     """`(N, K)`, float64."""
     log_prior: torch.Tensor
@@ -227,7 +228,7 @@ class Trained(NamedTuple):
 
 def train_on(
     task: EnumerableTask,
-    trainer_class: Callable[..., Any] = KLRLTrainer,
+    trainer_class: Callable[..., PosteriorTrainer] = KLRLTrainer,
     config_class: Callable[..., Any] = KLRLConfig,
     target: Target | dict[str, Any] | None = None,
     features: Sequence[Callable[[list[str]], list[float]]] | None = None,

@@ -13,7 +13,7 @@ from .section import Findings, SectionArguments
 _VERSIONS = ("trl_bayes", "trl", "transformers", "torch", "python")
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself, and hashable
 class Page:
     """
     The findings of some sections, and the files `<name>.json`, `<name>.md` and `<name>.png`.

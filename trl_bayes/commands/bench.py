@@ -162,7 +162,7 @@ def run(arguments: "dict[str, SectionArguments]", pages: "dict[str, Page]") -> N
             for findings in module_of(name).run(args, progress):
                 page.seconds = time.perf_counter() - start
                 page.add(name, args, findings)
-    for page in {id(page): page for page in pages.values() if page.findings}.values():
+    for page in dict.fromkeys(page for page in pages.values() if page.findings):
         written = page.finish()
         print(page.to_markdown())
         console.print(f"Written to {page.folder}: {', '.join(written)}", soft_wrap=True)
