@@ -48,14 +48,18 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         ValueError: there is none.
     """
-    config: Any = model.generation_config
-    ends = config.eos_token_id if config is not None else None
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    own = tokenizer.eos_token_id
+    ends, own = model_stop_ids(model), tokenizer.eos_token_id
     stop_ids = ends if own is None or own in ends else [own, *ends]
     if not stop_ids:
         raise ValueError("Neither the tokenizer nor the model has an EOS token: set `tokenizer.eos_token`.")
     return stop_ids
+
+
+def model_stop_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a completion by the model's generation config, of which there may be none."""
+    config: Any = model.generation_config
+    ends = config.eos_token_id if config is not None else None
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def with_stop_ids(
