@@ -128,9 +128,9 @@ def refuse_unsampled_prior(
         )
 
 
-def check_log_potential(phi: Any, target: Target, divergence: Divergence, num_completions: int) -> None:
+def check_log_potential(phi: Any, target: Target, num_completions: int) -> None:
     """
-    Refuses what a target must not return, or not with this divergence.
+    Refuses what a target must not return.
 
     Raises:
         ValueError: one sentence.
@@ -145,6 +145,15 @@ def check_log_potential(phi: Any, target: Target, divergence: Divergence, num_co
         raise ValueError(
             f"The target {target!r} returned +inf as log-potential, which no posterior can have: bound it."
         )
+
+
+def refuse_infinite_potential(phi: torch.Tensor, target: Target, divergence: Divergence) -> None:
+    """
+    Refuses a target that is harder than it says, with a divergence that is infinite there.
+
+    Raises:
+        ValueError: one sentence.
+    """
     if (phi == -torch.inf).any() and not divergence.allows_hard_constraints:
         raise ValueError(
             f"The target {target!r} returned -inf as log-potential, where {divergence.name} is infinite: choose a "
