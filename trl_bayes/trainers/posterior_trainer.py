@@ -85,6 +85,7 @@ class PosteriorTrainer(GRPOTrainer):
     _name = "Posterior"
 
     config_class: ClassVar[type[PosteriorConfig]] = PosteriorConfig
+    makes_target: ClassVar[bool] = False  # from its configuration, so that it takes no other
     args: PosteriorConfig
     model: PreTrainedModel
     num_generations: int
@@ -259,8 +260,8 @@ class PosteriorTrainer(GRPOTrainer):
         refuse_infinite_potential(group.phi, self.target, self.estimator.divergence)
         log_z = self.partition.log_z(group)
         terms = group_terms(group, log_z.of_completion, self.estimator, self.args.pseudo_reward_cap)
-        self._log(group_metrics(group, terms, log_z, self.estimator) | token_kl(policy, output, self.accelerator))
-        self._log({f"posterior/target/{name}": value for name, value in self.target.diagnostics().items()})
+        self._log(group_metrics(group, terms, log_z, self.estimator, self.target))
+        self._log(token_kl(policy, output, self.accelerator))
         show_advantages(cast("deque[float]", self._logs["advantages"]), terms.advantages)
         if self.model.training:
             self.partition.update(group)
@@ -274,11 +275,9 @@ class PosteriorTrainer(GRPOTrainer):
 
     def _score(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """TRL's scoring of a batch by a model, `(B, T)`, without gradient."""
-        args = self.args
+        args = cast(Any, self.args)
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        # Unchanged: transformers supplies its defaults for None, not for an empty mapping
-        checkpointing = cast("dict[str, Any] | None", args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
             return self._get_per_token_logps_and_entropies(model, **scorer_inputs(batch), batch_size=batch_size)[0]
 
     # ---------------------------------------------------------------------------------------------------------------

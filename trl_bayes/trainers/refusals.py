@@ -38,6 +38,10 @@ def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any
             f"`{trainer_class.__name__}` takes a `{config_class.__name__}` as `args`, got `{type(args).__name__}`: "
             "change the class name, the fields are the same."
         )
+    if target is not None and trainer_class.makes_target:
+        raise ValueError(
+            f"{trainer_class.__name__} makes its target from its configuration: use KLRLTrainer for another."
+        )
     if target is not None and args.target is not None:
         raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
     return args
