@@ -20,7 +20,8 @@ from trl_bayes.benchmarks.embedded import (
     trainers,
 )
 from trl_bayes.benchmarks.learning_curve import Point
-from trl_bayes.evaluation.evaluate import Estimate, Evaluation
+from trl_bayes.evaluation.evaluate import Evaluation
+from trl_bayes.statistics.estimate import Estimate
 
 
 @pytest.fixture(autouse=True)

@@ -27,18 +27,14 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from .. import DPGConfig, DPGTrainer, FDPGConfig, FDPGTrainer, KLRLConfig, KLRLTrainer
 from ..assets import embedded_path, shipped_file
-from ..evaluation.evaluate import (
-    Estimate,
-    Evaluation,
-    Posterior,
-    condition,
-    draw_prior,
-    evaluate,
-    evaluate_prior,
-    forward_kl,
-)
-from ..language_models.samples import log_probs
+from ..evaluation.distances import forward_kl
+from ..evaluation.evaluate import Evaluation, evaluate, evaluate_prior
+from ..evaluation.posterior import Posterior, condition
+from ..language_models.scoring import log_probs
+from ..language_models.settings import SamplingSettings
+from ..prior.reference import draw_prior
 from ..rewards import parses
+from ..statistics.estimate import Estimate
 from ..targets import Constraint
 from .jobs import in_order, quiet
 from .learning_curve import log_spaced, train_recorded
@@ -168,8 +164,8 @@ def reference(num_per_prompt: int, *, seed: int = 0, use_cpu: bool = True) -> Po
         use_cpu (`bool`, *optional*, defaults to `True`): not the GPU, if there is one.
     """
     prior, tokenizer = _load_prior(use_cpu)
-    length = recipe("dpg")["max_completion_length"]
-    drawn = draw_prior(prior, tokenizer, prompts(), [parses], num_per_prompt, max_new_tokens=length, seed=seed)
+    settings = SamplingSettings(recipe("dpg")["max_completion_length"], seed=seed)
+    drawn = draw_prior(prior, tokenizer, prompts(), [parses], num_per_prompt, settings)
     return condition(drawn, Constraint(), max_per_prompt=_POSTERIOR_SAMPLES)
 
 
@@ -187,7 +183,7 @@ def train(
 
     Args:
         setup ([`~trl_bayes.benchmarks.trainings.TrainerSetup`]): one of [`trainers`].
-        posterior ([`~trl_bayes.evaluation.evaluate.Posterior`]): from [`reference`].
+        posterior ([`~trl_bayes.evaluation.posterior.Posterior`]): from [`reference`].
         seed (`int`, *optional*, defaults to `0`): of the training and of the policy's samples.
         num_per_prompt (`int`, *optional*, defaults to `400`): samples of the policy for each prompt, at the end.
         evaluate_at (`Iterable[int]`, *optional*): steps after which to record `KL(p||pi)`; 0 is the start.
@@ -221,12 +217,11 @@ def train(
 
 def _distance(policy: PreTrainedModel, posterior: Posterior) -> Callable[[], Estimate]:
     """`KL(p||pi)` of the policy as it is when asked."""
-    points = posterior.points
-    log_posterior = points.log_prior + posterior.exact_phi
+    exact = posterior.exact
 
     def distance() -> Estimate:
-        log_policy = log_probs(policy, points.samples)
-        return forward_kl(log_posterior, log_policy, points.samples.prompt_index, posterior.partition)
+        log_policy = log_probs(policy, exact, posterior.prior.settings)
+        return forward_kl(exact.log_prior + exact.phi, log_policy, exact.prompt_index, posterior.z)
 
     return distance
 

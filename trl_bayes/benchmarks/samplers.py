@@ -17,12 +17,15 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..samplers.base import Draws, Method, Sampler, at_least
+from ..language_models.completions import Completions
+from ..language_models.settings import SamplingSettings, at_least
+from ..samplers.base import Method
 from ..samplers.best_of_n import BestOfN
 from ..samplers.importance import Importance
 from ..samplers.mcmc import MetropolisHastings
 from ..samplers.quasi_rejection import QuasiRejection
 from ..samplers.rejection import Rejection
+from ..samplers.sampler import Sampler
 from ..samplers.smc import SequentialMonteCarlo, systematic
 from ..targets import Tilt
 from .jobs import quiet
@@ -167,9 +170,7 @@ def measure(space: Space, setting: Setting, num_samples: int, seed: int = 0) -> 
         [space.task.reward_func],
         Tilt(BETA),
         setting.method,
-        max_new_tokens=space.task.max_completion_length,
-        batch_size=_MOST_AT_ONCE,
-        seed=seed,
+        SamplingSettings(space.task.max_completion_length, batch_size=_MOST_AT_ONCE, seed=seed),
     )
     start = time.perf_counter()
     draws = sampler.sample(space.task.prompts, num_samples * setting.resample)
@@ -192,19 +193,19 @@ def measure(space: Space, setting: Setting, num_samples: int, seed: int = 0) -> 
     )
 
 
-def _places(space: Space, draws: Draws) -> Tensor:
+def _places(space: Space, draws: Completions) -> Tensor:
     """Which completion each draw is, (M,)."""
     return torch.tensor([space.places[tuple(ids)] for ids in draws.completion_ids])
 
 
-def count(space: Space, draws: Draws) -> Tensor:
+def count(space: Space, draws: Completions) -> Tensor:
     """Numbers of each completion, (P, N) float64."""
     num_prompts, num_completions = space.log_posterior.shape
     flat = draws.prompt_index * num_completions + _places(space, draws)
     return torch.bincount(flat, minlength=num_prompts * num_completions).view(num_prompts, -1).double()
 
 
-def resample(space: Space, draws: Draws, num_samples: int, seed: int) -> Tensor:
+def resample(space: Space, draws: Completions, num_samples: int, seed: int) -> Tensor:
     """Numbers (P, N) of each completion among draws that are chosen in proportion to their weights."""
     num_prompts = len(draws.prompts)
     rng = numpy.random.default_rng([seed, 2])

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.progress import Progress
 
-from ..samplers.base import at_least
+from ..language_models.settings import at_least
 from .section import Findings
 from .timing import Clock, ProcessorClock, SizeArguments, StepSize, build_model, measured_trainers, ratio_cells, train
 from .trainings import TrainerSetup, check_parts, chosen

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from ..samplers.base import at_least
+from ..language_models.settings import at_least
 from .section import DeviceArguments, Findings
 from .timing import Clock, SizeArguments, StepSize, build_model, measured_trainers, ratio_cells, train
 from .trainings import check_parts, chosen

@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..samplers.base import at_least
+from ..language_models.settings import at_least
 from .exact_training import problems, trainers
 from .section import SectionArguments
 from .tiny import build_tiny_tokenizer

@@ -14,8 +14,8 @@ from transformers.utils import find_adapter_config_file
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ..assets import embedded_path
+from ..language_models.settings import SamplingSettings, at_least
 from ..rewards import build_rewards
-from ..samplers.base import at_least
 from ..targets import Target, build_target
 from ..trainers.ctrl import CTRLConfig
 from ..trainers.dpg import DPGConfig
@@ -364,6 +364,8 @@ def _require_peft(name: str) -> None:
         raise ImportError(f"{name!r} is an adapter, which needs the package peft: install it.") from None
 
 
-def progress() -> bool:
-    """Whether there is someone to show a progress bar to."""
-    return sys.stderr.isatty()
+def sampling_settings(args: PosteriorArguments) -> SamplingSettings:
+    """How completions are drawn, of all models; with progress bars if there is someone to show them to."""
+    return SamplingSettings(
+        args.max_completion_length, args.temperature, args.batch_size, args.seed, progress=sys.stderr.isatty()
+    )
