@@ -1,7 +1,7 @@
 """What is scored is what was sampled, for every architecture; and a check that stops a training where it is not.
 
-Prompts of one, two and three tokens in one batch, so that padding matters. The learning rate is 0 unless a test is about
-where training ends.
+Prompts of one, two and three tokens in one batch, so that padding matters. The learning rate is 0 unless a test is
+about where training ends.
 """
 
 from collections.abc import Callable
@@ -226,9 +226,11 @@ def test_the_check_refuses_a_prior_that_is_read_differently(
     make: Make, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = posterior_trainer.make_exact
-    monkeypatch.setattr(
-        posterior_trainer, "make_exact", lambda policy, prior, *args, **kw: whole(policy, None, *args, **kw)
-    )
+
+    def without_the_prior(policy: Any, prior: Any, *args: Any, **kwargs: Any) -> None:
+        whole(policy, None, *args, **kwargs)
+
+    monkeypatch.setattr(posterior_trainer, "make_exact", without_the_prior)
     with pytest.raises(ValueError, match="prior's log-probabilities differ .* reads a padded prompt differently"):
         make("gpt2").train()
 

@@ -657,7 +657,7 @@ def test_pure_rl_has_no_prior_to_sample(make: Make) -> None:
     ],
 )
 def test_evidence_that_is_not_known_is_refused(target: dict[str, Any], make: Make) -> None:
-    with pytest.raises(ValueError, match="does not know its evidence: set `partition` to 'running', 'leave_one_out'"):
+    with pytest.raises(ValueError, match="does not know its log Z: set `partition` to 'running', 'leave_one_out'"):
         make("dpg", target, {"partition": "known"})
 
 
