@@ -52,7 +52,6 @@ from ..evaluation.report import (
     write_evaluation,
 )
 from ..language_models.vocabulary import check_same_vocabulary
-from ..samplers import largest_log_potential
 from ..samplers.base import at_least
 
 
@@ -205,7 +204,7 @@ def prepare(args: EvaluateArguments, model: ModelConfig, mixture: DatasetMixture
         check_same_vocabulary(
             f"policy {name!r}", path, configs[name], problem.prior.config, problem.tokenizer, args.trust_remote_code
         )
-    bound = largest_log_potential(problem.target) if args.max_log_potential is None else args.max_log_potential
+    bound = problem.target.max_log_potential() if args.max_log_potential is None else args.max_log_potential
     if args.method == "rejection" and bound is None:
         raise ValueError(
             f"`method=rejection` needs evidence with a known upper bound, which {problem.target!r} does not have: set "

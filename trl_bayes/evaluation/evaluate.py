@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.samples import Prompt, RewardFunction, Samples, log_probs, sample, score
-from ..targets import Constraint, Context, PriorScores, Target
+from ..targets import Context, PriorScores, Target
 from ..targets.base import weighted_sum
 from .diversity import distinct_n, jackknife_standard_error, self_bleu, share_distinct
 from .pass_at_k import pass_at_k
@@ -616,7 +616,7 @@ def condition(
         target ([`~trl_bayes.targets.Target`]): gives `phi`. One that learns from the prior and has not yet done so is
             fitted to these samples; the standard errors do not include the error of that fit, and the note says so.
         max_log_potential (`float`, *optional*): the largest `phi` that any completion could have, for instance the
-            largest reward over beta. It is 0 for a [`~trl_bayes.targets.Constraint`].
+            largest reward over beta. Defaults to the target's own bound, if it has one before it is fitted.
         reward_weights (`torch.Tensor`, *optional*): the trainer's, (K,).
         prompt_keys (`torch.Tensor`, *optional*): (P,) int64, by which a fitted target knows the prompts. Defaults to
             0, 1, ..., for a target that is fitted here or does not look at the prompt.
@@ -636,7 +636,10 @@ def condition(
     target.bind(prior.reward_names, reward_weights)
     keys = torch.arange(prior.num_prompts) if prompt_keys is None else prompt_keys
     notes = []
+    if max_log_potential is None:
+        max_log_potential = target.max_log_potential()
     if not target.is_fitted:
+        target.warn_of_too_few_samples(len(prior.scored.samples) // prior.num_prompts)
         shape = (prior.num_prompts, len(prior.scored.samples) // prior.num_prompts)  # as many samples of each prompt
         scored = prior.scored
         target.fit(PriorScores(scored.rewards.view(*shape, -1), scored.log_prior.view(shape), keys))
@@ -648,8 +651,6 @@ def condition(
         phi = phi[~phi.isnan()]
     if not phi.numel():
         raise ValueError("No sample of the prior has a reward: check the reward functions.")
-    if max_log_potential is None and isinstance(target, Constraint):
-        max_log_potential = 0.0
     if method is None:
         method = "importance" if max_log_potential is None else "rejection"
     if method == "rejection" and max_log_potential is None:

@@ -10,7 +10,7 @@ from .best_of_n import BestOfN, kl_of_best_of_n
 from .importance import Importance
 from .mcmc import MetropolisHastings
 from .quasi_rejection import QuasiRejection, TradeOff, trade_off
-from .rejection import Rejection, largest_log_potential
+from .rejection import Rejection
 from .smc import HasPartialEvidence, SequentialMonteCarlo
 from .source import Candidates, CompletionSource, SamplingError
 
@@ -38,6 +38,5 @@ __all__ = [
     "SequentialMonteCarlo",
     "TradeOff",
     "kl_of_best_of_n",
-    "largest_log_potential",
     "trade_off",
 ]

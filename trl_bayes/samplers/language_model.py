@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..language_models.generation import evaluating, find_stop_ids, generate, seeded, tokenize_prompt
 from ..language_models.samples import Prompt, RewardFunction, Samples, log_probs, score
 from ..targets import Context, Target
-from .source import Candidates, CompletionSource, SamplingError
+from .source import Candidates, CompletionSource
 
 
 _MOST_SCORED_AT_ONCE = 64  # large batches make generation fast, but scoring slow, since it holds all logits
@@ -122,8 +122,6 @@ class LanguageModelSource(CompletionSource):
         if self.proposal is not None:
             log_ratio = log_prior - self._log_probs(self.proposal, samples)
         phi = self.target(rewards, Context(log_prior, self.prompt_keys[prompt_index])).double()
-        if phi.isposinf().any():
-            raise SamplingError(f"The target {self.target!r} gives infinite log-potential: it must be below +inf.")
         return Candidates(prompt_index, completion_ids, samples.texts, samples.ended, log_ratio, rewards, phi)
 
     def _log_probs(self, model: PreTrainedModel, samples: Samples) -> Tensor:

@@ -152,7 +152,7 @@ class PosteriorTrainer(GRPOTrainer):
         if target is not None and args.target is not None:
             raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
         self.divergence = args.make_divergence()
-        self.target = build_target(args.target if target is None else target, args.beta or 1.0)
+        self.target = build_target(args.target if target is None else target, args.beta)
         self._refuse_infinite_divergence()
         if ignored := args.ineffective_settings():
             warnings.warn(f"{type(self).__name__} does not clip ratios, so {ignored} have no effect.", stacklevel=2)
@@ -241,6 +241,7 @@ class PosteriorTrainer(GRPOTrainer):
         """Samples of the prior are drawn by the policy before its first update, for the prompts of the data."""
         if not self._needs_prior_samples:
             return
+        self.target.warn_of_too_few_samples(self.args.num_prior_samples)
         needs = f"The target {self.target!r}" if self.target.needs_prior_samples else "`partition='prior_samples'`"
         if self.beta == 0:
             raise ValueError(
@@ -329,7 +330,7 @@ class PosteriorTrainer(GRPOTrainer):
             with _as_prior_samples_error():
                 self.target.fit(scores)
         if self.args.partition == "prior_samples":
-            log_z = scores.log_z(self.target).log_z
+            log_z = scores.estimate_log_z(self.target).log_z
             self.prior_log_z = PromptTable.of(scores.keys, log_z)
             if without := int((~log_z.isfinite()).sum()):
                 warnings.warn(
@@ -559,16 +560,6 @@ class PosteriorTrainer(GRPOTrainer):
         """`phi` of the latest completions of all processes, `(B_global,)`, checked."""
         rewards = self._latest_rewards
         phi = self.target(rewards, None if keys is None else Context(log_prior, keys))
-        if not isinstance(phi, torch.Tensor) or phi.shape != rewards.shape[:1]:
-            got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
-            raise ValueError(
-                f"The target {self.target!r} returned {got} as log-potential: return one value per completion, a "
-                f"tensor of shape {tuple(rewards.shape[:1])}."
-            )
-        if (phi == torch.inf).any():
-            raise ValueError(
-                f"The target {self.target!r} returned +inf as log-potential, which no posterior can have: bound it."
-            )
         if (phi == -torch.inf).any() and not self.divergence.allows_hard_constraints:
             raise ValueError(
                 f"The target {self.target!r} returned -inf as log-potential, where {self.divergence.name} is infinite:"
