@@ -52,7 +52,7 @@ def test_streamed_dataset(partition: str, make: Make) -> None:
     trainer = make("dpg", {"partition": partition, "max_steps": 3}, train_dataset=stream)
     learn(trainer)
     if partition == "running":
-        assert len(trainer.running_partition) == len(PROMPTS)  # three steps of two prompts: two of them came back
+        assert len(trainer.partition) == len(PROMPTS)  # three steps of two prompts: two of them came back
 
 
 def test_num_generations_larger_than_the_batch(kind: str, make: Make) -> None:

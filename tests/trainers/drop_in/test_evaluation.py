@@ -54,7 +54,7 @@ def test_evaluation_does_not_change_training(make: Make) -> None:
         script(trainer, SCORED * 2)
     looked.evaluate()
     state = looked.posterior_state()
-    assert state["running_partition"]["keys"] == []
+    assert state["partition"]["running"]["keys"] == []
     assert state["replay_buffer"]["rows"] == []
     learn(looked)
     learn(not_looked)

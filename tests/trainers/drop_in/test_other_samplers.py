@@ -58,11 +58,12 @@ def test_rollout_function(with_log_probs: bool, kind: str, make: Make, monkeypat
     def grade_reward(completions: list, grade: list[float], **kwargs: Any) -> list[float]:
         return grade
 
-    config = {"partition": "running", "max_steps": 4}
+    # What the function says of its sampler is no policy's, which would be refused
+    config = {"partition": "running", "max_steps": 4, "check_log_probs": not with_log_probs}
     trainer = make(kind, config, rollout_func=rollout, reward_funcs=grade_reward)
     recorded = record(trainer)
     learn(trainer)
-    assert len(trainer.running_partition) == len(PROMPTS)  # the fields that it adds are no part of the prompt
+    assert len(trainer.partition) == len(PROMPTS)  # the fields that it adds are no part of the prompt
     batch, log_policy, _ = recorded[0]
     own_tokens = batch["completion_mask"].sum(dim=1) - 1
     close(batch["log_proposal"], -5.0 * own_tokens if with_log_probs else log_policy)

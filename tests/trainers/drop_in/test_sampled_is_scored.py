@@ -102,13 +102,13 @@ def test_reuse_of_completions_corrects_for_the_policy_that_moved(kind: str, make
     # Each completion is weighted by pi/q: at the second pass over a batch the policy is another one
     trainer = make(kind, {"num_iterations": 2, "max_steps": 2})
     seen: list[tuple[Any, torch.Tensor]] = []
-    coefficient = trainer.coefficient
+    coefficient = trainer.estimator.coefficient
 
     def coefficient_and_record(sequences: Any) -> torch.Tensor:
         seen.append((sequences, coefficient(sequences)))
         return seen[-1][1]
 
-    trainer.coefficient = coefficient_and_record
+    trainer.estimator.coefficient = coefficient_and_record
     learn(trainer)
     seen = seen[1:]  # the first is of whole groups, when they are generated
     ratios = [(sequences.log_policy - sequences.log_proposal).exp() for sequences, _ in seen]
@@ -117,7 +117,7 @@ def test_reuse_of_completions_corrects_for_the_policy_that_moved(kind: str, make
     for (sequences, actual), ratio in zip(seen, ratios, strict=True):
         log_t = sequences.log_policy - sequences.log_target + sequences.log_z
         # Z cancels in KL-RL's own formula: it is left out of both the pseudo-reward and the baseline
-        slope = log_t - sequences.log_z if kind == "kl_rl" else trainer.divergence.slope(log_t)
+        slope = log_t - sequences.log_z if kind == "kl_rl" else trainer.estimator.divergence.slope(log_t)
         close(actual, ratio * (slope + sequences.baseline))
 
 

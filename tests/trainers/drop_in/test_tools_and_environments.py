@@ -181,7 +181,7 @@ def test_prompts_that_an_environment_writes_are_told_apart(
     )
     speak(trainer, chat_tokenizer, [call("add", f'{{"amount": {amount}}}') for amount in (1, 2, 3, 0)])
     learn(trainer)
-    past = trainer.running_partition.state_dict()
+    past = trainer.partition.state_dict()
     assert past["count"] == [2 * G] * 3  # the two groups of each generation share a prompt
 
 
