@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_bayes.groups import Group, group_log_z
+from trl_bayes.groups import Group, pooled_log_z
 from trl_bayes.partitions import Running
 
 
@@ -104,7 +104,7 @@ def test_what_it_gives_is_what_the_leave_one_out_estimate_takes() -> None:
 def test_first_visit_is_the_group_estimate() -> None:
     partition = Running()
     update(partition, keys(1, 2), WEIGHTS, VALID)
-    torch.testing.assert_close(partition.latest(keys(1, 2)), group_log_z(WEIGHTS, VALID))
+    torch.testing.assert_close(partition.latest(keys(1, 2)), pooled_log_z(WEIGHTS, VALID))
 
 
 def test_state_survives_a_checkpoint_file(tmp_path: Path) -> None:

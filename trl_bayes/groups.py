@@ -82,21 +82,6 @@ def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.T
     return log_target - log_proposal
 
 
-def group_log_z(weights: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """
-    Marginal likelihood of each prompt from its whole group: `log Z_hat = log mean_i w_i`, unbiased for `Z`.
-
-    Args:
-        weights (`torch.Tensor`): log importance weights `(P, G)`.
-        valid (`torch.Tensor`): boolean `(P, G)`.
-
-    Returns:
-        `torch.Tensor`: shape `(P,)`; `-inf` for a group without evidence (or without a valid completion).
-    """
-    total = weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1)
-    return total - valid.sum(dim=1).clamp(min=1).to(weights.dtype).log()
-
-
 def leave_one_out_log_z(
     weights: torch.Tensor,
     valid: torch.Tensor,
@@ -104,18 +89,13 @@ def leave_one_out_log_z(
     past_count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    `Z` for each sample from all samples but itself, `Z_{-i} = (S + sum_{j != i} w_j) / (N + n - 1)`, within reason:
-
-        log Z_i = max(log Z_{-i}, log Z_all - log 2),        Z_all = (S + sum_j w_j) / (N + n).
+    `Z` for each sample from all samples but itself: `Z_hat_{-i} = (S + sum_{j != i} w_j) / (N + n - 1)`.
 
     A sample's own weight in its `Z` shrinks its ratio `w_i / Z_hat`, which biases the gradient; its siblings' do not.
-    But for a lone success `Z_{-i}` is as small as its siblings' weights, and the ratio as large as `E[Z / Z_{-i}]`,
-    in the hundreds for a 0/1 reward at `beta = 0.1`. The second term acts only where one sample holds more than half
-    of the weight, and bounds its ratio by twice the number of samples. At the posterior all weights are equal, so
-    the fixed point stays where it is.
-
     `S` and `N` are the sum and the number of weights that earlier visits to the same prompt left behind (the `running`
-    partition); without them this is the estimate from the group alone.
+    partition); without them this is the plain leave-one-out estimate.
+
+    A sample without others, in the group or the past, gets the estimate from itself.
 
     Args:
         weights (`torch.Tensor`): log importance weights `(P, G)`.
@@ -124,7 +104,7 @@ def leave_one_out_log_z(
         past_count (`torch.Tensor`, *optional*): `N` of shape `(P,)`.
 
     Returns:
-        `torch.Tensor`: shape `(P, G)`; `-inf` only where the prompt has no evidence at all.
+        `torch.Tensor`: shape `(P, G)`; `-inf` where the others have no evidence.
     """
     num_prompts, group_size = weights.shape
     if past_log_sum is None or past_count is None:
@@ -138,9 +118,51 @@ def leave_one_out_log_z(
     others_count = count - valid.to(count.dtype)  # (P, G)
     from_others = torch.logaddexp(siblings.logsumexp(dim=2), past) - others_count.log()
     from_all = torch.logaddexp(weights.logsumexp(dim=1, keepdim=True), past) - count.log()
-    # Without others there is nothing to be compared with
-    log_z = torch.where(others_count > 0, torch.maximum(from_others, from_all - math.log(2)), from_all)
+    log_z = torch.where(others_count > 0, from_others, from_all)
     return torch.where(count > 0, log_z, NEG_INF)
+
+
+def bounded_leave_one_out_log_z(
+    weights: torch.Tensor,
+    valid: torch.Tensor,
+    past_log_sum: torch.Tensor | None = None,
+    past_count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    [`leave_one_out_log_z`] for lone successes, too: `log Z_i = max(log Z_{-i}, log Z_all - log 2)`.
+
+    For a lone success `Z_{-i}` is as small as its siblings' weights, and `E[w_i / Z_{-i}]` as large as hundreds times
+    `w_i / Z` (0/1 reward at `beta = 0.1`, 16 completions, success rates of .01 to .2: 190 to 511). With `Z_all`, the
+    mean of all weights, the second term acts only where one sample holds more than half of the weight, and bounds its
+    ratio by twice the number of samples. At the posterior all weights are equal: the fixed point stays where it is.
+
+    Arguments as of [`leave_one_out_log_z`].
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`; `-inf` only where the prompt has no evidence at all.
+    """
+    without = leave_one_out_log_z(weights, valid, past_log_sum, past_count)
+    return torch.maximum(without, pooled_log_z(weights, valid, past_log_sum, past_count).unsqueeze(1) - math.log(2))
+
+
+def pooled_log_z(
+    weights: torch.Tensor,
+    valid: torch.Tensor,
+    past_log_sum: torch.Tensor | None = None,
+    past_count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Marginal likelihood of each prompt from all of its weights, unbiased for `Z`: `log (S + sum_j w_j) / (N + n)`.
+
+    Arguments as of [`leave_one_out_log_z`].
+
+    Returns:
+        `torch.Tensor`: shape `(P,)`; `-inf` for a prompt without evidence (or without a valid completion).
+    """
+    log_sum, count = weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1), valid.sum(dim=1).to(weights.dtype)
+    if past_log_sum is not None and past_count is not None:
+        log_sum, count = torch.logaddexp(log_sum, past_log_sum), count + past_count
+    return torch.where(count > 0, log_sum - count.log(), NEG_INF)
 
 
 def effective_sample_size(

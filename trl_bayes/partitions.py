@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from .groups import NEG_INF, Group, group_log_z, leave_one_out_log_z
+from .groups import NEG_INF, Group, bounded_leave_one_out_log_z, pooled_log_z
 from .prior import PriorScores, PromptTable
 from .targets import Target
 
@@ -71,15 +71,17 @@ class Partition(ABC):
 
 
 class LeaveOneOut(Partition):
-    """`Z` of each completion from the others of its group; see [`~trl_bayes.groups.leave_one_out_log_z`]."""
+    """`Z` of each completion from the others of its group; see [`~trl_bayes.groups.bounded_leave_one_out_log_z`]."""
 
     name = "leave_one_out"
     needs_prompt_keys = False
 
     def log_z(self, group: Group) -> LogZ:
         weights, valid = group.log_weights, group.valid
-        of_prompt = group_log_z(weights, valid)
-        return LogZ(leave_one_out_log_z(weights, valid), of_prompt, torch.zeros_like(of_prompt, dtype=torch.bool))
+        of_prompt = pooled_log_z(weights, valid)
+        return LogZ(
+            bounded_leave_one_out_log_z(weights, valid), of_prompt, torch.zeros_like(of_prompt, dtype=torch.bool)
+        )
 
 
 class Running(Partition):
@@ -102,12 +104,10 @@ class Running(Partition):
 
     def log_z(self, group: Group) -> LogZ:
         weights, valid = group.log_weights, group.valid
-        log_sum, count = self.past(_keys(group))
-        total = torch.logaddexp(weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1), log_sum)
-        number = valid.sum(dim=1) + count
-        pooled = torch.where(number > 0, total - number.log(), NEG_INF)
+        past = self.past(_keys(group))
+        pooled = pooled_log_z(weights, valid, *past)
         told = torch.tensor([key in self._told for key in _keys(group).tolist()], device=pooled.device)
-        return LogZ(leave_one_out_log_z(weights, valid, log_sum, count), pooled, told)
+        return LogZ(bounded_leave_one_out_log_z(weights, valid, *past), pooled, told)
 
     def past(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -18,8 +18,9 @@ from trl_bayes.benchmarks.tiny import balance_task, build_tiny_model
 from trl_bayes.command_line.parser import read_recipe
 from trl_bayes.command_line.problem import without_training
 from trl_bayes.commands.evaluate import EvaluateArguments, name_policies
-from trl_bayes.evaluation.evaluate import Estimate
-from trl_bayes.evaluation.report import Report, read_report
+from trl_bayes.evaluation.files import read_report
+from trl_bayes.evaluation.report import Report
+from trl_bayes.statistics.estimate import Estimate
 
 
 TASK = balance_task()

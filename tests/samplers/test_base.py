@@ -17,13 +17,14 @@ from trl_bayes.benchmarks.tiny import EnumerableTask, build_tiny_model
 from trl_bayes.samplers import (
     METHODS,
     BestOfN,
-    Draws,
+    Completions,
     Importance,
     Method,
     MetropolisHastings,
     QuasiRejection,
     Rejection,
     Sampler,
+    SamplingSettings,
     SequentialMonteCarlo,
 )
 from trl_bayes.targets import Calibrated, Constraint, Context, Target, Tempered, Tilt
@@ -60,11 +61,14 @@ def tokenizer(folders: dict[str, str]) -> PreTrainedTokenizerBase:
 
 def make(models: dict[str, Any], tokenizer: Any, target: Target, method: Method, **settings: Any) -> Sampler:
     rewards = settings.pop("reward_funcs", [TASK.reward_func])
-    settings = {"max_new_tokens": TASK.max_completion_length, **settings}
-    return Sampler(models["prior"], tokenizer, rewards, target, method, **settings)
+    others = {
+        name: settings.pop(name) for name in ("proposal", "reward_weights", "num_prior_samples") if name in settings
+    }
+    drawing = SamplingSettings(**{"max_new_tokens": TASK.max_completion_length, **settings})
+    return Sampler(models["prior"], tokenizer, rewards, target, method, drawing, **others)
 
 
-def laws(draws: Draws, tokenizer: Any, log_weights: Tensor | None = None) -> Tensor:
+def laws(draws: Completions, tokenizer: Any, log_weights: Tensor | None = None) -> Tensor:
     """Shares of all outcomes (P, 15), weighted."""
     completions = TASK.completions(tokenizer)
     rows = [tuple(ids[mask].tolist()) for ids, mask in zip(completions.ids, completions.mask, strict=True)]
@@ -222,7 +226,7 @@ def test_a_chat(tiny_models: Any, chat_tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_models.prior)
     prompts = [[{"role": "user", "content": "Hello"}], [{"role": "user", "content": "What is it?"}]]
     method = SequentialMonteCarlo(num_particles=3, tokens_per_step=3, twist="rewards")
-    draws = Sampler(model, chat_tokenizer, [length], Tilt(1.0), method, max_new_tokens=8).sample(prompts, 3)
+    draws = Sampler(model, chat_tokenizer, [length], Tilt(1.0), method, SamplingSettings(8)).sample(prompts, 3)
     row = draws.to_dataset()[0]
     assert row["prompt"] == prompts[0] and row["completion"] == [{"role": "assistant", "content": draws.texts[0]}]
 

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from tests.helpers.trainers import QUIET
 from trl_bayes import CTRLConfig, CTRLTrainer, KLRLConfig, KLRLTrainer, cli
-from trl_bayes.benchmarks.calibrated_benchmark import ranked_task
+from trl_bayes.benchmarks.calibrated import ranked_task
 from trl_bayes.targets import Calibrated
 from trl_bayes.targets.transforms import beta_for_kl, calibrated_law, ctrl_best_of_n, ctrl_worst_of_n
 

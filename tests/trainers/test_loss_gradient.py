@@ -193,16 +193,19 @@ LOSS: dict[str, Callable[[float], float]] = {
 CURVATURE = {"forward_kl": 1.0, "reverse_kl": 1.0, "jensen_shannon": 0.25, "squared_hellinger": 0.5}
 
 
-def evidence_of_others(group: list[Sample]) -> list[float]:
-    """`Z_hat_{-i}`, the siblings' mean weight."""
+def z_of_others(group: list[Sample], past: tuple[float, int] = (0.0, 0)) -> list[float]:
+    """`Z_{-i}`, the mean weight of the siblings and of the past; at least half of the mean with the own weight."""
     weights = [math.exp(sample.log_target - sample.log_q) for sample in group]
-    return [mean_of_others(weights, i) for i in range(len(group))]
+    total, number = past[0] + sum(weights), past[1] + len(group)
+    if number == 1:
+        return weights
+    return [max((total - own) / (number - 1), total / number / 2) for own in weights]
 
 
 def fitted_evidence(group: list[Sample], divergence: str) -> list[float]:
     """Trajectory balance on-policy: for reverse KL the siblings' mean log-ratio, else the evidence of the others."""
     if divergence != "reverse_kl":
-        return evidence_of_others(group)
+        return z_of_others(group)
     log_ratios = [sample.log_target - sample.log_pi_then for sample in group]
     return [math.exp(mean_of_others(log_ratios, i)) for i in range(len(group))]
 
@@ -268,10 +271,8 @@ def by_hand(
             Sample(log_pi[i], log_pi_then[i], (log_q or log_pi_then)[i], log_prior[i] + rewards[i] / BETA)  # type: ignore[operator]
             for i in scored
         ]
-        z = evidence_of_others(group)
-        if past[1]:
-            z = [(past[0] + (len(group) - 1) * each) / (past[1] + len(group) - 1) for each in z]
-        elif fit and case.startswith("tb"):
+        z = z_of_others(group, past)
+        if not past[1] and fit and case.startswith("tb"):
             z = fitted_evidence(group, case.partition(":")[2])
         for column, found in zip(result, (coefficients(case, group, z), values(case, group, z), z), strict=True):
             for i, each in zip(scored, found, strict=True):
@@ -373,7 +374,7 @@ def test_off_policy(case: str, make: Make) -> None:
 @every_trainer
 def test_sampler_with_other_numerics(case: str, make: Make) -> None:
     """What the sampler reports is q (vLLM, asynchronous policies); a token that it could not score agrees with pi."""
-    trainer = make(case)
+    trainer = make(case, check_log_probs=False)  # more than rounding, to be seen
     then, shift = log_probs(trainer.model), 0.2
     with torch.no_grad():
         by_token = [token_log_probs(trainer.model, *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
@@ -719,7 +720,7 @@ def test_expected_gradient_is_that_of_the_divergence(
     assert log_q.exp().sum().item() == pytest.approx(1, abs=1e-6)
     if not case.startswith("kl_rl"):
         monkeypatch.setattr(
-            trainer, "choose_log_z", lambda group, valid, estimate: torch.full_like(group.log_target, log_z.item())
+            trainer.estimator, "choose_log_z", lambda group, estimate: torch.full_like(estimate, log_z.item())
         )
     completions = [EVERY_COMPLETION[i] for pair in PAIRS for i in pair]
     batch = generate(trainer, completions, [PROMPT] * len(completions))

@@ -65,7 +65,7 @@ def test_saved_model_has_it(pure_rl: bool, tiny_models: Any, tmp_path: Path) -> 
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert ("pure RL" if pure_rl else "`Tilt(beta=0.5)`") in card
-    assert f"`{trainer.divergence.name}`" in card
+    assert f"`{trainer.estimator.divergence.name}`" in card
     assert "At step 1" in card
     assert trainer._paper["title"] in card and "@software{vonwerra2020trl" in card
 

@@ -143,8 +143,8 @@ def test_samples_have_their_probability_under_the_prior_and_their_rewards(
     totals = torch.tensor([sum(row["rewards"]) for row in rows]).view(4, 30)
     log_z = (totals / 0.7).logsumexp(dim=1) - torch.tensor(30.0).log()
     keys = torch.tensor([row["prompt_key"] for row in rows[::30]])
-    assert trainer.prior_log_z is not None
-    torch.testing.assert_close(trainer.prior_log_z.lookup(keys).float(), log_z, rtol=0, atol=1e-4)
+    assert trainer.partition.table is not None
+    torch.testing.assert_close(trainer.partition.table.lookup(keys).float(), log_z, rtol=0, atol=1e-4)
 
 
 def test_samples_follow_the_prior(make: Make, prior: Prior, tmp_path: Path) -> None:
@@ -434,9 +434,8 @@ def test_resumed_run_is_the_uninterrupted_one_and_draws_nothing(
     resumed = draw_nothing(make(kind, target, settings, train_dataset=FOUR_STEPS))
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert_same(weights(resumed), weights(whole))
-    if whole.prior_log_z is not None:
-        assert resumed.prior_log_z is not None
-        assert torch.equal(resumed.prior_log_z.values, whole.prior_log_z.values)
+    if whole.partition.name == "prior_samples":
+        assert torch.equal(resumed.partition.table.values, whole.partition.table.values)
     assert resumed.target.diagnostics() == whole.target.diagnostics()
 
 
@@ -541,12 +540,12 @@ def test_evaluation_before_training_draws_and_changes_nothing(
     metrics = evaluated.evaluate()
     assert metrics["eval_posterior/frac_unscored"] == 0
     assert len(samples_on_disk(tmp_path / "out" / "prior_samples")) == 4 * 30
-    assert evaluated.prior_log_z is not None
+    assert evaluated.partition.table is not None
 
     trainer = draw_nothing(make("f_dpg", TILT, config))
     trainer.train()
     draw_nothing(evaluated).train()  # the samples that it drew as an evaluation are those that training uses
-    assert torch.equal(evaluated.prior_log_z.values, trainer.prior_log_z.values)  # type: ignore[union-attr]
+    assert torch.equal(evaluated.partition.table.values, trainer.partition.table.values)  # type: ignore[union-attr]
 
 
 def test_evaluation_on_prompts_that_were_not_sampled_is_refused(make: Make) -> None:
@@ -583,9 +582,9 @@ def test_replayed_completions_keep_the_fixed_evidence(kind: str, make: Make) -> 
     trainer._generate_and_score_completions = record
     trainer.train()
     assert len(batches[-1]["usable"]) == 32 and len(batches[0]["usable"]) == 16
-    assert trainer.prior_log_z is not None
+    assert trainer.partition.table is not None
     for batch in batches:
-        expected = trainer.prior_log_z.lookup(batch["prompt_key"]).to(batch["log_z"])
+        expected = trainer.partition.table.lookup(batch["prompt_key"]).to(batch["log_z"])
         torch.testing.assert_close(batch["log_z"], expected, rtol=0, atol=0)
 
 
@@ -658,7 +657,7 @@ def test_pure_rl_has_no_prior_to_sample(make: Make) -> None:
     ],
 )
 def test_evidence_that_is_not_known_is_refused(target: dict[str, Any], make: Make) -> None:
-    with pytest.raises(ValueError, match="does not know its evidence: set `partition` to 'running', 'leave_one_out'"):
+    with pytest.raises(ValueError, match="does not know its log Z: set `partition` to 'running', 'leave_one_out'"):
         make("dpg", target, {"partition": "known"})
 
 

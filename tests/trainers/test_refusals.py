@@ -62,7 +62,7 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         ({"generation_kwargs": {"do_sample": False}}, "`do_sample=False` in `generation_kwargs` .* set it to True"),
         ({"temperature": 0.0}, "`temperature=0.0` does not sample: set it above 0"),
         ({"scale_rewards": "group"}, "`scale_rewards='group'` .* set `scale_rewards='none'`"),
-        ({"scale_rewards": True}, "`scale_rewards='group'` .* set `scale_rewards='none'`"),
+        ({"scale_rewards": True}, "`scale_rewards=True` .* set `scale_rewards='none'`"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "set 'sum_then_normalize'"),
         ({"mask_truncated_completions": True}, "`mask_truncated_completions=True` drops outcomes"),
         ({"sync_ref_model": True}, "`sync_ref_model=True` moves the prior"),
@@ -241,5 +241,5 @@ def test_target_that_returns_nonsense(model_path: str, tmp_path: Path, phi: Any,
 
 def test_grpo_settings_without_effect_are_said(model_path: str, tmp_path: Path) -> None:
     args = KLRLConfig(**arguments(tmp_path, loss_type="grpo", epsilon_high=0.28))
-    with pytest.warns(UserWarning, match=r"does not clip ratios, so \['loss_type', 'epsilon_high'\] have no effect"):
+    with pytest.warns(UserWarning, match="`loss_type` and `epsilon_high` have no effect"):
         KLRLTrainer(model_path, TASK.reward_func, args, TASK.dataset(8))

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,14 +14,15 @@ from transformers.utils import find_adapter_config_file
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ..assets import embedded_path
+from ..language_models.settings import SamplingSettings, at_least
 from ..rewards import build_rewards
-from ..samplers.base import at_least
 from ..targets import Target, build_target
 from ..trainers.ctrl import CTRLConfig
 from ..trainers.dpg import DPGConfig
 from ..trainers.f_dpg import FDPGConfig
 from ..trainers.kl_rl import KLRLConfig
 from ..trainers.trajectory_balance import TrajectoryBalanceConfig
+from .folders import writable_folder
 from .launch import ACCELERATE_CONFIG, launcher_actions
 from .parser import RecipeParser
 from .training import (
@@ -226,15 +226,8 @@ def prepare_folder(args: PosteriorArguments) -> Path:
     Raises:
         ValueError: one sentence.
     """
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        in_use = any(folder.iterdir())
-    except OSError as error:
-        raise ValueError(f"`output_dir={folder}` cannot be written to: {error.strerror or error}.") from None
-    if in_use and not args.overwrite:
+    folder = writable_folder(args.output_dir)
+    if any(folder.iterdir()) and not args.overwrite:
         raise ValueError(f"`output_dir={folder}` is not empty: name another folder, or set `--overwrite`.")
     return folder
 
@@ -371,6 +364,8 @@ def _require_peft(name: str) -> None:
         raise ImportError(f"{name!r} is an adapter, which needs the package peft: install it.") from None
 
 
-def progress() -> bool:
-    """Whether there is someone to show a progress bar to."""
-    return sys.stderr.isatty()
+def sampling_settings(args: PosteriorArguments) -> SamplingSettings:
+    """How completions are drawn, of all models; with progress bars if there is someone to show them to."""
+    return SamplingSettings(
+        args.max_completion_length, args.temperature, args.batch_size, args.seed, progress=sys.stderr.isatty()
+    )

@@ -26,34 +26,19 @@ from ..command_line.problem import (
     load_problem,
     model_config,
     prepare_folder,
-    progress,
     read_arguments,
+    sampling_settings,
 )
-from ..evaluation.evaluate import (
-    Evaluation,
-    Posterior,
-    PosteriorMethod,
-    Scored,
-    condition,
-    draw_prior,
-    evaluate,
-    evaluate_posterior,
-    evaluate_prior,
-)
-from ..evaluation.report import (
-    DIVERSITY_COLUMNS,
-    Column,
-    Report,
-    RunRecord,
-    choose_lines,
-    distance_columns,
-    reward_columns,
-    tabulate,
-    write_evaluation,
-)
+from ..evaluation.evaluate import Evaluation, evaluate, evaluate_posterior, evaluate_prior
+from ..evaluation.files import write_evaluation
+from ..evaluation.posterior import Posterior, PosteriorMethod, condition
+from ..evaluation.report import Report, RunRecord, choose_lines
+from ..evaluation.tables import DIVERSITY_COLUMNS, Column, distance_columns, reward_columns, tabulate
+from ..language_models.completions import Completions
+from ..language_models.settings import at_least
 from ..language_models.vocabulary import check_same_vocabulary
+from ..prior.reference import PriorReference, draw_prior
 from ..samplers import largest_log_potential
-from ..samplers.base import at_least
 
 
 _METHODS: dict[str, PosteriorMethod | None] = {"auto": None, "rejection": "rejection", "importance": "importance"}
@@ -245,7 +230,7 @@ def name_policies(specs: Sequence[str]) -> dict[str, str]:
 # Measurement
 
 
-def _draw_reference(job: Job) -> Any:
+def _draw_reference(job: Job) -> PriorReference:
     """Samples of the prior, scored."""
     problem, args = job.problem, job.args
     return draw_prior(
@@ -254,16 +239,12 @@ def _draw_reference(job: Job) -> Any:
         problem.prompts,
         problem.rewards,
         args.num_reference_samples,
-        max_new_tokens=args.max_completion_length,
-        temperature=args.temperature,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        columns=problem.columns,
-        progress=progress(),
+        sampling_settings(args),
+        problem.columns,
     )
 
 
-def _posterior(job: Job, reference: Any) -> Posterior:
+def _posterior(job: Job, reference: PriorReference) -> Posterior:
     return condition(
         reference,
         job.problem.target,
@@ -282,7 +263,7 @@ def run(job: Job, posterior: Posterior) -> Report:
     runs = []
     for name, path in job.policies.items():
         policy = load_model(path, args, job.model)
-        evaluation, scored = evaluate(
+        evaluation, completions = evaluate(
             policy,
             problem.prior,
             problem.tokenizer,
@@ -291,33 +272,35 @@ def run(job: Job, posterior: Posterior) -> Report:
             num_per_prompt=args.num_samples,
             name=name,
             diversity=args.diversity,
-            batch_size=args.batch_size,
             seed=args.seed + 1,
-            progress=progress(),
         )
-        runs.append(_record(name, evaluation, posterior, scored, settings={"policy": path}))
+        runs.append(_record(name, evaluation, posterior, completions, settings={"policy": path}))
         del policy
         gc.collect()
     return _report(job, posterior, runs)
 
 
 def _record(
-    name: str, evaluation: Evaluation, posterior: Posterior, scored: Scored, settings: dict[str, Any] | None = None
+    name: str,
+    evaluation: Evaluation,
+    posterior: Posterior,
+    completions: Completions,
+    settings: dict[str, Any] | None = None,
 ) -> RunRecord:
-    lines = choose_lines(scored.samples, _valid(posterior, scored))
+    lines = choose_lines(completions, _valid(posterior, completions))
     return RunRecord(name, name, "", evaluation, samples=lines, settings=settings or {})
 
 
-def _valid(posterior: Posterior, scored: Scored) -> torch.Tensor | None:
+def _valid(posterior: Posterior, completions: Completions) -> torch.Tensor | None:
     """Whether each completion has evidence, where evidence is a matter of yes and no."""
     if posterior.target.hard:
-        return ~posterior.log_potential(scored).isneginf()
-    return scored.rewards[:, 0] > 0.5 if _is_share(posterior) else None
+        return ~posterior.log_potential(completions).isneginf()
+    return completions.rewards[:, 0] > 0.5 if _is_share(posterior) else None
 
 
 def _is_share(posterior: Posterior) -> bool:
     """Whether the reward is one of 0 or 1."""
-    rewards = posterior.prior.scored.rewards
+    rewards = posterior.prior.completions.rewards
     return rewards.size(1) == 1 and posterior.reward_weights is None and bool(((rewards == 0) | (rewards == 1)).all())
 
 
@@ -325,7 +308,7 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
     problem, args = job.problem, job.args
     names = problem.reward_names
     target = repr(problem.target)
-    ess = posterior.partition.effective_samples
+    ess = posterior.z.effective_samples
     of_prior = evaluate_prior(posterior, diversity=args.diversity)
     of_posterior = evaluate_posterior(posterior, diversity=args.diversity)
     how = "exact" if posterior.method == "rejection" else "weighted prior samples"
@@ -344,7 +327,7 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
             "temperature": str(args.temperature),
         },
         posterior=_record("posterior", of_posterior, posterior, posterior.exact),
-        prior=_record("prior", of_prior, posterior, posterior.prior.scored),
+        prior=_record("prior", of_prior, posterior, posterior.prior.completions),
         runs=runs,
         hard=posterior.target.hard,
         reward_label=_reward_label(names, args.reward_weights),

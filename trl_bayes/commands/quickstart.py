@@ -24,18 +24,15 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from ..assets import embedded_path, shipped_file
-from ..evaluation.evaluate import (
-    Estimate,
-    Posterior,
-    Scored,
-    condition,
-    draw_prior,
-    evaluate,
-    evaluate_posterior,
-    evaluate_prior,
-)
-from ..evaluation.report import CurvePoint, Report, RunRecord, choose_lines, write_report
+from ..evaluation.evaluate import evaluate, evaluate_posterior, evaluate_prior
+from ..evaluation.page import write_report
+from ..evaluation.posterior import Posterior, condition
+from ..evaluation.report import CurvePoint, Report, RunRecord, choose_lines
+from ..language_models.completions import Completions
+from ..language_models.settings import SamplingSettings
+from ..prior.reference import draw_prior
 from ..rewards import parses
+from ..statistics.estimate import Estimate
 from ..targets import Constraint
 
 
@@ -288,15 +285,14 @@ def measure_all(args: QuickstartArguments, folder: Path, console: Console) -> Re
             prompts,
             [parses],
             args.prior_samples,
-            max_new_tokens=settings["max_completion_length"],
-            seed=args.seed,
+            SamplingSettings(settings["max_completion_length"], seed=args.seed),
         )
         # Distinct-n depends on the number of samples: every row's is measured from as many
         exact = condition(reference, Constraint(), diversity_per_prompt=args.policy_samples)
         of_checkpoints = condition(reference, Constraint(), max_per_prompt=args.checkpoint_samples)
         progress.advance(bar)
 
-        def measured(model: Path, posterior: Posterior, number: int, diversity: bool) -> tuple[Any, Scored]:
+        def measured(model: Path, posterior: Posterior, number: int, diversity: bool) -> tuple[Any, Completions]:
             outcome = evaluate(
                 _load(model),
                 prior,
@@ -317,10 +313,10 @@ def measure_all(args: QuickstartArguments, folder: Path, console: Console) -> Re
             for step, checkpoint in checkpoints[run.name]:
                 evaluation, _ = measured(checkpoint, of_checkpoints, args.checkpoint_samples, False)
                 curve.append(_point(step, step * run.settings["per_device_train_batch_size"], evaluation.metrics))
-            evaluation, scored = measured(folder / run.name, exact, args.policy_samples, True)
+            evaluation, completions = measured(folder / run.name, exact, args.policy_samples, True)
             if checkpoints[run.name]:  # the last one is the model itself, now measured better
                 curve[-1] = _point(curve[-1].step, curve[-1].samples, evaluation.metrics)
-            runs.append(_record(run, args, folder, evaluation, scored, curve))
+            runs.append(_record(run, args, folder, evaluation, completions, curve))
     for run in RUNS:
         for _, checkpoint in checkpoints[run.name]:
             shutil.rmtree(checkpoint)
@@ -340,12 +336,17 @@ def _point(step: int, samples: int, metrics: Mapping[str, Estimate]) -> CurvePoi
     return CurvePoint(step, samples, dict(metrics))
 
 
-def _valid(scored: Scored) -> torch.Tensor:
-    return scored.rewards[:, 0] > 0.5
+def _valid(completions: Completions) -> torch.Tensor:
+    return completions.rewards[:, 0] > 0.5
 
 
 def _record(
-    run: Run, args: QuickstartArguments, folder: Path, evaluation: Any, scored: Scored, curve: list[CurvePoint]
+    run: Run,
+    args: QuickstartArguments,
+    folder: Path,
+    evaluation: Any,
+    completions: Completions,
+    curve: list[CurvePoint],
 ) -> RunRecord:
     evaluation.name = run.name
     trained = json.loads((folder / run.name / _TRAINED).read_text(encoding="utf-8"))
@@ -355,30 +356,30 @@ def _record(
         run.target,
         evaluation,
         curve,
-        choose_lines(scored.samples, _valid(scored)),
+        choose_lines(completions, _valid(completions)),
         {**run.settings, **args.overrides},
         trained["seconds"],
     )
 
 
 def _report(args: QuickstartArguments, exact: Posterior, runs: list[RunRecord]) -> Report:
-    drawn = exact.prior.scored
+    drawn = exact.prior.completions
     posterior = RunRecord(
         "posterior",
         "Posterior (exact)",
         "prior given that the line parses",
         evaluate_posterior(exact),
-        samples=choose_lines(exact.exact.samples, _valid(exact.exact)),
+        samples=choose_lines(exact.exact, _valid(exact.exact)),
     )
-    prior = RunRecord("prior", "Prior", "", evaluate_prior(exact), samples=choose_lines(drawn.samples, _valid(drawn)))
+    prior = RunRecord("prior", "Prior", "", evaluate_prior(exact), samples=choose_lines(drawn, _valid(drawn)))
     return Report(
         title="trl_bayes quickstart: lines of Python that parse",
         intro=INTRO,
         problem={
             "prior": "a language model of Python statements, half of them with a backslash behind",
             "evidence": "1 if the completed line parses as one Python statement, else 0",
-            "prompts": ", ".join(repr(prompt) for prompt in drawn.samples.prompts),
-            "longest completion": f"{exact.prior.settings['max_new_tokens']} tokens",
+            "prompts": ", ".join(repr(prompt) for prompt in drawn.prompts),
+            "longest completion": f"{exact.prior.settings.max_new_tokens} tokens",
         },
         posterior=posterior,
         prior=prior,
@@ -391,7 +392,7 @@ def _report(args: QuickstartArguments, exact: Posterior, runs: list[RunRecord]) 
         settings={
             "seed": args.seed,
             "prior samples": len(exact.phi),
-            "exact posterior samples": len(exact.exact.samples),
+            "exact posterior samples": len(exact.exact),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

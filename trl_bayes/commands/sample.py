@@ -23,11 +23,11 @@ from ..command_line.problem import (
     load_problem,
     model_config,
     prepare_folder,
-    progress,
     read_arguments,
+    sampling_settings,
 )
-from ..samplers import METHODS, Draws, Method, Sampler, SamplingError
-from ..samplers.base import at_least
+from ..language_models.settings import at_least
+from ..samplers import METHODS, Completions, Method, Sampler, SamplingError
 from ..targets import build_target
 from ..targets.base import weighted_sum
 
@@ -60,7 +60,7 @@ class SampleArguments(PosteriorArguments):
         output_dir (`str`, *optional*, defaults to `"runs/sample"`):
             Where `train.parquet` and `diagnostics.json` are written.
         tokens (`bool`, *optional*, defaults to `False`):
-            Whether to write the tokens as drawn besides the texts, see [`~trl_bayes.samplers.Draws.to_dataset`].
+            Whether to write the tokens as drawn besides the texts, see [`~trl_bayes.samplers.Completions.to_dataset`].
     """
 
     method: str = field(default="rejection", metadata={"help": "How to sample.", "choices": list(METHODS)})
@@ -186,14 +186,10 @@ def prepare(args: SampleArguments, model: ModelConfig, mixture: DatasetMixtureCo
         problem.rewards,
         problem.target,
         method,
+        sampling_settings(args),
         proposal=None if proposal_name is None else load_model(proposal_name, args, model),
-        max_new_tokens=args.max_completion_length,
-        temperature=args.temperature,
-        batch_size=args.batch_size,
-        seed=args.seed,
         reward_weights=problem.reward_weights,
         num_prior_samples=args.num_prior_samples,
-        progress=progress(),
     )
     settings = {
         "prior": args.prior_model_name_or_path or model.model_name_or_path,
@@ -209,7 +205,7 @@ def prepare(args: SampleArguments, model: ModelConfig, mixture: DatasetMixtureCo
     return Job(args, problem, sampler, folder, settings)
 
 
-def run(job: Job) -> Draws:
+def run(job: Job) -> Completions:
     """
     Samples.
 
@@ -227,14 +223,14 @@ def run(job: Job) -> Draws:
     return draws
 
 
-def write(job: Job, draws: Draws) -> None:
+def write(job: Job, draws: Completions) -> None:
     """Writes the data set, which `load_dataset(output_dir)` reads, and the diagnostics."""
     draws.to_dataset(job.args.tokens).to_parquet(str(job.folder / DATA))
     text = json.dumps({"settings": job.settings, **draws.diagnostics}, indent=1, allow_nan=False)
     (job.folder / DIAGNOSTICS).write_text(text + "\n", encoding="utf-8")
 
 
-def table(draws: Draws, reward_weights: torch.Tensor | None = None) -> Table:
+def table(draws: Completions, reward_weights: torch.Tensor | None = None) -> Table:
     """The diagnostics that are numbers, and the mean of the weighted reward."""
     shown = Table(title=f"{draws.diagnostics['method']}: {len(draws):,} samples of {len(draws.prompts):,} prompts")
     shown.add_column("")

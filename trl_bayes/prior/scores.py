@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..groups import effective_sample_size, pooled_log_z
+from ..statistics.log_z import log_z_variance
 from .context import Context, LogPotential
 
 
@@ -118,16 +120,12 @@ def log_z_from_prior(phi: torch.Tensor) -> LogZEstimate:
     phi = phi.double()
     valid = ~phi.isnan()
     count = valid.sum(dim=1)  # (P,)
-    log_weight = phi.masked_fill(~valid, -math.inf)
-    log_sum = log_weight.logsumexp(dim=1)
-    log_z = torch.where(count > 0, log_sum - count.log(), torch.nan)
-    # sum w^2 / (sum w)^2 is 1/n for equal weights and 1 if one sample has it all
-    concentration = ((2 * log_weight).logsumexp(dim=1) - 2 * log_sum).exp()
-    variance = (concentration * count - 1).clamp(min=0) / (count - 1)  # of the mean weight, over its square
+    log_weights = phi.masked_fill(~valid, -math.inf)
+    log_z = torch.where(count > 0, pooled_log_z(phi, valid), torch.nan)
     known = (count > 1) & (log_z > -math.inf)
-    ess = torch.where(log_z > -math.inf, 1 / (concentration * count), 0.0)
-    standard_error = (variance * (1 + _skewness_of_mean((log_weight - log_sum.unsqueeze(1)).exp(), valid))).sqrt()
-    return LogZEstimate(log_z, torch.where(known, standard_error, math.inf), ess)
+    shares = (log_weights - log_weights.logsumexp(dim=1, keepdim=True)).exp()
+    standard_error = (log_z_variance(phi, valid) * (1 + _skewness_of_mean(shares, valid))).sqrt()
+    return LogZEstimate(log_z, torch.where(known, standard_error, math.inf), effective_sample_size(phi, valid))
 
 
 def _skewness_of_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

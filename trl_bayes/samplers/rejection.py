@@ -9,10 +9,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..evaluation.evaluate import estimate_log_z
+from ..language_models.completions import Completions
+from ..language_models.settings import at_least
+from ..statistics.log_z import log_z_per_prompt
 from ..targets import Constraint, LogSigmoidCentered, Product, Target, Tempered
-from .base import Draws, Method, as_draws, at_least, gather
-from .source import Candidates, CompletionSource, SamplingError
+from .base import Method, as_draws
+from .source import CompletionSource, SamplingError, gather
 
 
 _MOST_PER_ROUND = 4096  # completions of one prompt that are held at once
@@ -72,10 +74,10 @@ class Rejection(Method):
             )
         return bound
 
-    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Draws:
+    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
         bound = self.bound(source.target)
 
-        def log_accept(candidates: Candidates) -> Tensor:
+        def log_accept(candidates: Completions) -> Tensor:
             highest = candidates.log_weights.max().item()
             if highest > bound + 1e-9:
                 raise SamplingError(
@@ -86,19 +88,15 @@ class Rejection(Method):
 
         wanted = torch.full((len(source.prompts),), n)
         found = accept_until(source, wanted, log_accept, self.max_attempts, rng, from_prior=True)
-        log_z = estimate_log_z(found.log_weights, found.prompt_index, len(source.prompts), bound)
-        return as_draws(
-            source,
-            found.accepted,
-            {**found.diagnostics(), "max_log_potential": bound, "log_z": log_z.to_dict()},
-            n=n,
-        )
+        z = log_z_per_prompt(found.log_weights, found.prompt_index, len(source.prompts), bound)
+        diagnostics = {**found.diagnostics(), "max_log_potential": bound, "log_z": z.average().to_dict()}
+        return as_draws(found.accepted, diagnostics, n=n)
 
 
 class Accepted(NamedTuple):
     """What [`accept_until`] found: the completions that were accepted, and of all that were drawn the weights."""
 
-    accepted: Candidates
+    accepted: Completions
     log_weights: Tensor  # (A,)
     prompt_index: Tensor  # (A,)
     attempts: Tensor  # (P,)
@@ -118,7 +116,7 @@ class Accepted(NamedTuple):
 def accept_until(
     source: CompletionSource,
     wanted: Tensor,
-    log_accept: Callable[[Candidates], Tensor],
+    log_accept: Callable[[Completions], Tensor],
     max_attempts: int,
     rng: numpy.random.Generator,
     *,

@@ -3,9 +3,7 @@
 import math
 import textwrap
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..targets import Target
 from ..targets.transforms import Transform, beta_for_kl, build_transform
 from .kl_rl import KLRLConfig, KLRLTrainer
 
@@ -187,8 +185,4 @@ class CTRLTrainer(KLRLTrainer):
     }
 
     config_class = CTRLConfig
-
-    def __init__(self, *args: Any, target: Target | str | dict[str, Any] | None = None, **kwargs: Any):
-        if target is not None:
-            raise ValueError("CTRLTrainer makes its target from its configuration: use KLRLTrainer for another.")
-        super().__init__(*args, **kwargs)
+    makes_target = True

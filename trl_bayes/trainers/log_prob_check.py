@@ -25,7 +25,7 @@ class Check(NamedTuple):
     """Log-probabilities that are to be those of a model."""
 
     whose: str
-    """For the message: `"policy's"`, `"prior's"` or `"vLLM's"`."""
+    """For the message: `"policy's"`, `"prior's"` or `"sampler's"`."""
     model: Any
     scored: torch.Tensor
     """Per-token log-probabilities of the whole batch, `(B, T)`, in nats; NaN where there is none."""
@@ -55,7 +55,7 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
     """
     checks = [Check("policy's", trainer.model, policy)]
     if "sampling_per_token_logps" in batch:
-        checks.append(Check("vLLM's", trainer.model, batch["sampling_per_token_logps"]))
+        checks.append(Check("sampler's", trainer.model, batch["sampling_per_token_logps"]))
     if "ref_per_token_logps" in batch:
         prior = trainer.model if trainer.ref_model is None else trainer.ref_model
         checks.append(Check("prior's", prior, batch["ref_per_token_logps"], lambda: _as_prior(trainer)))
@@ -64,8 +64,8 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
     for check in checks:
         with check.using(), evaluating(check.model):
             plain = plain_log_probs(check.model, batch, rows, trainer.temperature)
-        is_vllm = check.whose == "vLLM's"
-        exact = not is_vllm and trainer.accelerator.mixed_precision == "no" and _is_exact(check.model)
+        is_sampler = check.whose == "sampler's"
+        exact = not is_sampler and trainer.accelerator.mixed_precision == "no" and _is_exact(check.model)
         allowed = TOLERANCE if exact else TOLERANCE_OF_ROUNDING
 
         def difference(scored: torch.Tensor, plain: torch.Tensor = plain) -> float:
@@ -74,7 +74,7 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
 
         found = difference(check.scored[rows])
         if not found <= allowed:  # NaN differs
-            cause = "vllm" if is_vllm else _find_cause(check, batch, rows, score, difference, allowed)
+            cause = "sampler" if is_sampler else _find_cause(check, batch, rows, score, difference, allowed)
             raise ValueError(
                 f"The {check.whose} log-probabilities differ by {found:.2g} nats per token from those of a plain "
                 f"forward pass (rounding explains {allowed:.2g}), so the result would not be the posterior: "
@@ -177,7 +177,7 @@ CAUSES = {
     "prompts of equal length, or a model that `generate` gives positions to.",
     "head": "the model transforms its logits in a way that TRL's fused language-model head does not know; use another "
     "architecture.",
-    "vllm": "vLLM reports them before the temperature is applied, or samples from other weights; start its server "
+    "sampler": "the sampler reports them before the temperature is applied, or has other weights; start a vLLM server "
     "with `--logprobs-mode processed_logprobs`, or set `temperature=1.0`.",
 }
 """What is likely wrong, and what to do about it."""

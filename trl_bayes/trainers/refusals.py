@@ -15,30 +15,32 @@ from .exactness import Inexact, distribution_altering_settings
 from .posterior_config import PosteriorConfig
 
 
-def check_arguments(
-    args: PosteriorConfig | None, config_class: type[PosteriorConfig], model: Any, name: str, target: Any
-) -> PosteriorConfig:
+def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any, target: Any) -> PosteriorConfig:
     """
     The configuration of a trainer, by default one that writes beside the model's name, as TRL's.
 
     Args:
+        trainer_class (`type`): of the trainer.
         args ([`PosteriorConfig`], *optional*): as the user gave it.
-        config_class (`type`): that of the trainer.
         model (`str` or `PreTrainedModel`): to be trained.
-        name (`str`): of the trainer.
         target ([`~trl_bayes.targets.Target`], *optional*): the trainer's argument.
 
     Raises:
         TypeError: a configuration of another class.
         ValueError: two targets.
     """
+    config_class: type[PosteriorConfig] = trainer_class.config_class
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-        args = config_class(f"{model_id.split('/')[-1]}-{name.replace(' ', '-')}")
+        args = config_class(f"{model_id.split('/')[-1]}-{trainer_class._name.replace(' ', '-')}")
     if not isinstance(args, config_class):
         raise TypeError(
-            f"This trainer takes a `{config_class.__name__}` as `args`, got `{type(args).__name__}`: change the class "
-            "name, the fields are the same."
+            f"`{trainer_class.__name__}` takes a `{config_class.__name__}` as `args`, got `{type(args).__name__}`: "
+            "change the class name, the fields are the same."
+        )
+    if target is not None and trainer_class.makes_target:
+        raise ValueError(
+            f"{trainer_class.__name__} makes its target from its configuration: use KLRLTrainer for another."
         )
     if target is not None and args.target is not None:
         raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
@@ -130,9 +132,9 @@ def refuse_unsampled_prior(
         )
 
 
-def check_log_potential(phi: Any, target: Target, divergence: Divergence, num_completions: int) -> None:
+def check_log_potential(phi: Any, target: Target, num_completions: int) -> None:
     """
-    Refuses what a target must not return, or not with this divergence.
+    Refuses what a target must not return.
 
     Raises:
         ValueError: one sentence.
@@ -147,6 +149,15 @@ def check_log_potential(phi: Any, target: Target, divergence: Divergence, num_co
         raise ValueError(
             f"The target {target!r} returned +inf as log-potential, which no posterior can have: bound it."
         )
+
+
+def refuse_infinite_potential(phi: torch.Tensor, target: Target, divergence: Divergence) -> None:
+    """
+    Refuses a target that is harder than it says, with a divergence that is infinite there.
+
+    Raises:
+        ValueError: one sentence.
+    """
     if (phi == -torch.inf).any() and not divergence.allows_hard_constraints:
         raise ValueError(
             f"The target {target!r} returned -inf as log-potential, where {divergence.name} is infinite: choose a "

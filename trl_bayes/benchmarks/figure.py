@@ -27,7 +27,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Panel:
+class TrainingCurves:
     """One problem: its runs, several of a method with different seeds, and the prior's own divergence."""
 
     title: str
@@ -39,7 +39,7 @@ class Panel:
         object.__setattr__(self, "methods", list(dict.fromkeys(curve.method for curve in self.curves)))
 
 
-def divergence_figure(panels: Sequence[Panel], label: str = "KL(p‖π), nats") -> bytes:
+def divergence_figure(problems: Sequence[TrainingCurves], label: str = "KL(p‖π), nats") -> bytes:
     """
     A row for each problem: the divergence against completions on the left, against seconds of training on the right.
 
@@ -47,23 +47,23 @@ def divergence_figure(panels: Sequence[Panel], label: str = "KL(p‖π), nats") 
     positive, and the start of training, is left out.
 
     Args:
-        panels (`list[Panel]`): the problems.
+        problems (`list[TrainingCurves]`): a row for each.
         label (`str`, *optional*): of the vertical axes.
 
     Returns:
         A PNG file.
     """
-    methods = list(dict.fromkeys(method for panel in panels for method in panel.methods))
+    methods = list(dict.fromkeys(method for problem in problems for method in problem.methods))
 
     def draw() -> Figure:
-        figure = Figure(figsize=(10.5, 3.5 * max(1, len(panels))), layout="constrained")
-        rows = figure.subplots(max(1, len(panels)), 2, squeeze=False, sharey="row")
-        for (left, right), panel in zip(rows, panels, strict=False):
+        figure = Figure(figsize=(10.5, 3.5 * max(1, len(problems))), layout="constrained")
+        rows = figure.subplots(max(1, len(problems)), 2, squeeze=False, sharey="row")
+        for (left, right), problem in zip(rows, problems, strict=False):
             for axes, against in ((left, "samples"), (right, "seconds")):
-                for method in panel.methods:
-                    _draw_method(axes, panel, method, against, methods.index(method))
-                _finish(axes, panel, against)
-            left.set_title(panel.title, fontsize=11, loc="left", fontweight="bold")
+                for method in problem.methods:
+                    _draw_method(axes, problem, method, against, methods.index(method))
+                _finish(axes, problem, against)
+            left.set_title(problem.title, fontsize=11, loc="left", fontweight="bold")
             left.set_ylabel(label)
         found = {
             text: line for axes in rows.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -77,9 +77,9 @@ def divergence_figure(panels: Sequence[Panel], label: str = "KL(p‖π), nats") 
     return png(draw)
 
 
-def _draw_method(axes: Axes, panel: Panel, method: str, against: str, index: int) -> None:
+def _draw_method(axes: Axes, problem: TrainingCurves, method: str, against: str, index: int) -> None:
     """The mean over seeds of the points that all seeds have, with the band."""
-    curves = [curve for curve in panel.curves if curve.method == method]
+    curves = [curve for curve in problem.curves if curve.method == method]
     points: list[tuple[float, list[float]]] = []
     for place in range(min(len(curve.values) for curve in curves)):
         values = [curve.values[place] for curve in curves]
@@ -101,10 +101,10 @@ def _draw_method(axes: Axes, panel: Panel, method: str, against: str, index: int
     axes.fill_between(x_values, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _finish(axes: Axes, panel: Panel, against: str) -> None:
+def _finish(axes: Axes, problem: TrainingCurves, against: str) -> None:
     """Logarithmic axes with plain numbers, and the prior's level."""
-    if panel.start is not None and panel.start > 0:
-        axes.axhline(panel.start, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1.2, label="the prior")
+    if problem.start is not None and problem.start > 0:
+        axes.axhline(problem.start, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1.2, label="the prior")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("completions drawn" if against == "samples" else "seconds of training")

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,41 +18,48 @@ from transformers import (
     TrainingArguments,
 )
 
-from .exact_benchmark import Method
+from ..language_models.settings import at_least
+from .exact_training import problems, trainers
+from .section import SectionArguments
 from .tiny import build_tiny_tokenizer
+from .trainings import TrainerSetup
 
 
 _WARM_UP = 2  # steps that are not timed
 _NUM_PROMPTS = 64
 
 
-@dataclass
+def measured_trainers() -> list[TrainerSetup]:
+    """All that can be measured."""
+    return trainers(problems()["letters"])
+
+
+@dataclass(frozen=True)
 class StepSize:
     r"""
     The model and the step that are measured.
 
-    Parameters:
+    Args:
         hidden_size, num_layers, vocab_size (`int`): of a randomly initialized Llama.
         max_completion_length, batch_size, num_generations (`int`): of a step; the batch is that of each process.
-        steps (`int`, *optional*, defaults to `8`): timed steps of a measurement, after two that are not.
-        use_cpu (`bool`, *optional*, defaults to `False`): train on the CPU though there is a GPU.
-        bf16 (`bool`, *optional*, defaults to `False`): train in bfloat16.
+        steps (`int`): timed steps of a measurement, after two that are not.
+        use_cpu (`bool`): train on the CPU though there is a GPU.
+        bf16 (`bool`): train in bfloat16.
     """
 
-    hidden_size: int = field(default=256, metadata={"help": "Of a randomly initialized Llama; a multiple of 64."})
-    num_layers: int = field(default=4, metadata={"help": "Of the Llama."})
-    vocab_size: int = field(default=8192, metadata={"help": "Of the Llama."})
-    max_completion_length: int = field(default=48, metadata={"help": "Tokens of each completion, at most."})
-    batch_size: int = field(default=32, metadata={"help": "Completions of a step, in each process."})
-    num_generations: int = field(default=8, metadata={"help": "Completions of a prompt."})
-    steps: int = field(default=8, metadata={"help": "Timed steps of a measurement, after two that are not."})
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU though there is a GPU."})
-    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16."})
+    hidden_size: int = 256
+    num_layers: int = 4
+    vocab_size: int = 8192
+    max_completion_length: int = 48
+    batch_size: int = 32
+    num_generations: int = 8
+    steps: int = 8
+    use_cpu: bool = False
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "max_completion_length", "num_generations", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            at_least(name, getattr(self, name))
         if self.hidden_size < 64 or self.hidden_size % 64:
             raise ValueError(f"`hidden_size={self.hidden_size}` must be a multiple of 64, the size of a head.")
         if self.batch_size < 1 or self.batch_size % self.num_generations:
@@ -61,6 +68,42 @@ class StepSize:
             )
         if self.vocab_size <= _NUM_PROMPTS + 1:
             raise ValueError(f"`vocab_size={self.vocab_size}` is too small for the prompts: set at least 66.")
+
+
+@dataclass
+class SizeArguments(SectionArguments):
+    r"""
+    Arguments of a section that measures steps.
+
+    Parameters:
+        hidden_size, num_layers, vocab_size (`int`, *optional*): of a randomly initialized Llama.
+        max_completion_length, batch_size, num_generations (`int`, *optional*): of a step; the batch is that of each
+            process.
+        steps (`int`, *optional*): timed steps of a measurement, after two that are not.
+        bf16 (`bool`, *optional*): train in bfloat16.
+    """
+
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Of a randomly initialized Llama; a multiple of 64."}
+    )
+    num_layers: int | None = field(default=None, metadata={"help": "Of the Llama."})
+    vocab_size: int | None = field(default=None, metadata={"help": "Of the Llama."})
+    max_completion_length: int | None = field(default=None, metadata={"help": "Tokens of each completion, at most."})
+    batch_size: int | None = field(default=None, metadata={"help": "Completions of a step, in each process."})
+    num_generations: int | None = field(default=None, metadata={"help": "Completions of a prompt."})
+    steps: int | None = field(default=None, metadata={"help": "Timed steps of a measurement, after two that are not."})
+    bf16: bool | None = field(default=None, metadata={"help": "Train in bfloat16."})
+
+    def given_size(self, otherwise: StepSize) -> StepSize:
+        """
+        The size with what these arguments say, and the rest as in `otherwise`.
+
+        Raises:
+            ValueError: a size that cannot be; one sentence.
+        """
+        names = {each.name for each in fields(StepSize)} & {each.name for each in fields(SizeArguments)}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(otherwise, **given)
 
 
 class Clock(TrainerCallback):
@@ -119,12 +162,12 @@ def build_model(folder: str, size: StepSize) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train(method: Method, folder: str, size: StepSize, clocks: Sequence[Clock]) -> Any:
+def train(setup: TrainerSetup, folder: str, size: StepSize, clocks: Sequence[Clock]) -> Any:
     """
     Trains the model of [`build_model`] for the timed steps and two before them.
 
     Args:
-        method ([`~trl_bayes.benchmarks.exact_benchmark.Method`]): the trainer.
+        setup ([`~trl_bayes.benchmarks.trainings.TrainerSetup`]): the trainer.
         folder (`str`): where the model is.
         size ([`StepSize`]): of the step.
         clocks (`list[Clock]`): run along.
@@ -146,12 +189,12 @@ def train(method: Method, folder: str, size: StepSize, clocks: Sequence[Clock]) 
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
-        **method.settings,
+        **setup.settings,
     )
-    trainer = method.trainer(
+    trainer = setup.trainer(
         model=folder,
         reward_funcs=_token_reward,
-        args=method.config(**settings),
+        args=setup.config(**settings),
         train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(_NUM_PROMPTS)]}),
         callbacks=list(clocks),
     )

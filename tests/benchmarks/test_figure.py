@@ -5,20 +5,20 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from trl_bayes.benchmarks import benchmark_figure
-from trl_bayes.benchmarks.benchmark_figure import Curve, Panel, divergence_figure
+from trl_bayes.benchmarks import figure
+from trl_bayes.benchmarks.figure import Curve, TrainingCurves, divergence_figure
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are drawn."""
     figures: list[Figure] = []
-    render = benchmark_figure.png
+    render = figure.png
 
     def keep(draw):
         return render(lambda: figures.append(draw()) or figures[-1])
 
-    monkeypatch.setattr(benchmark_figure, "png", keep)
+    monkeypatch.setattr(figure, "png", keep)
     return figures
 
 
@@ -28,7 +28,7 @@ def test_a_line_is_the_mean_over_seeds_in_both_columns(drawn: list[Figure]) -> N
         Curve("A", [0, 10, 100], [0.0, 3.0, 30.0], [2.0, 1.5, 0.3]),
         Curve("B", [0, 10, 100], [0.0, 1.0, 10.0], [2.0, math.inf, 0.01]),
     ]
-    picture = divergence_figure([Panel("one", curves, 2.0), Panel("two", curves[2:], None)])
+    picture = divergence_figure([TrainingCurves("one", curves, 2.0), TrainingCurves("two", curves[2:], None)])
     assert picture.startswith(b"\x89PNG")
     left, right, *_ = drawn[0].axes
     assert (
@@ -44,10 +44,10 @@ def test_a_line_is_the_mean_over_seeds_in_both_columns(drawn: list[Figure]) -> N
 
 @pytest.mark.parametrize("values", [[math.nan], [0.0], [-1.0], [1e-9]])
 def test_nothing_that_can_be_measured_breaks_it(values: list[float]) -> None:
-    assert divergence_figure([Panel("one", [Curve("A", [1], [1.0], values)], 0.0)]).startswith(b"\x89PNG")
+    assert divergence_figure([TrainingCurves("one", [Curve("A", [1], [1.0], values)], 0.0)]).startswith(b"\x89PNG")
 
 
 def test_every_trainer_has_a_look_of_its_own(drawn: list[Figure]) -> None:
-    divergence_figure([Panel("one", [Curve(f"{i}", [1, 2], [1.0, 2.0], [1.0, 0.5]) for i in range(7)])])
+    divergence_figure([TrainingCurves("one", [Curve(f"{i}", [1, 2], [1.0, 2.0], [1.0, 0.5]) for i in range(7)])])
     looks = {(line.get_color(), line.get_marker()) for line in drawn[0].axes[0].lines}
     assert len(looks) == len({color for color, _ in looks}) == 7

@@ -4,27 +4,33 @@ The error is the total variation between the draws and the posterior. It is neve
 draws differ from their own law too. That floor is known, and a sampler is as good as exact where it reaches it.
 """
 
-import json
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..samplers.base import Draws, Method, Sampler
+from ..language_models.completions import Completions
+from ..language_models.settings import SamplingSettings, at_least
+from ..samplers.base import Method
 from ..samplers.best_of_n import BestOfN
 from ..samplers.importance import Importance
 from ..samplers.mcmc import MetropolisHastings
 from ..samplers.quasi_rejection import QuasiRejection
 from ..samplers.rejection import Rejection
+from ..samplers.sampler import Sampler
 from ..samplers.smc import SequentialMonteCarlo, systematic
 from ..targets import Tilt
-from .tiny import EnumerableTask
+from .jobs import quiet
+from .section import Findings, SectionArguments
+from .tiny import EnumerableTask, letter_count_task
 
 
 BETA = 1.0
@@ -32,13 +38,46 @@ COLUMNS = ("method", "settings", "TV", "TV of exact draws", "generated a draw", 
 _MOST_AT_ONCE = 4096
 
 
-def _reward(texts: list[str]) -> list[float]:
-    return [text.count("a") - text.count("b") / 2 for text in texts]
+@dataclass
+class SamplersArguments(SectionArguments):
+    r"""
+    Arguments of the section, besides those of [`~trl_bayes.benchmarks.section.SectionArguments`].
+
+    Parameters:
+        num_samples (`int`, *optional*, defaults to `2500`): draws of each of the two prompts.
+        seed (`int`, *optional*, defaults to `0`): of all draws.
+    """
+
+    page: ClassVar[str] = "samplers"
+
+    num_samples: int = field(default=2500, metadata={"help": "Draws of each of the two prompts."})
+    seed: int = field(default=0, metadata={"help": "Seed of all draws."})
+
+    def __post_init__(self) -> None:
+        at_least("num_samples", self.num_samples)
+        at_least("seed", self.seed, 0)
+
+
+def run(args: SamplersArguments, progress: Progress) -> Iterator[Findings]:
+    """Samples with every setting."""
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        space = load_space(folder)
+        about = {
+            "completions": space.log_posterior.size(1),
+            "prompts": list(space.task.prompts),
+            "beta": BETA,
+            "seed": args.seed,
+        }
+        found: list[Measured] = []
+        for setting in progress.track(settings(space.max_log_potential), description="samplers"):
+            found.append(measure(space, setting, args.num_samples, args.seed))
+            yield Findings({**about, "rows": [each._asdict() for each in found]}, to_markdown(found))
 
 
 def sampler_task() -> EnumerableTask:
-    """A soft reward, #a - #b/2, with 121 completions for each of 2 prompts: few enough to see a small error."""
-    return EnumerableTask("abc", 4, ("c", "b a"), _reward, seed=1)
+    """The soft reward of "letters" with 121 completions for each of 2 prompts: few enough to see a small error."""
+    return replace(letter_count_task(), letters="abc", prompts=("c", "b a"), seed=1)
 
 
 @dataclass(frozen=True)
@@ -51,7 +90,7 @@ class Setting:
     resample: int = 1
 
 
-class Row(NamedTuple):
+class Measured(NamedTuple):
     """What a setting gave. Costs are for each draw that was returned, everything it took included."""
 
     family: str
@@ -66,8 +105,8 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The task with its prior loaded; `log_posterior` (P, N), and where each completion stands in it."""
+class Space:
+    """A task's completions, with its prior loaded; `log_posterior` (P, N), and where each completion stands in it."""
 
     task: EnumerableTask
     prior: PreTrainedModel
@@ -81,7 +120,7 @@ class Problem:
         return self.task.rewards(self.tokenizer).max().item() / BETA
 
 
-def load_problem(folder: str | Path) -> Problem:
+def load_space(folder: str | Path) -> Space:
     """Builds the prior of the task in a folder and enumerates the posterior."""
     task = sampler_task()
     path = task.build_model(folder)
@@ -90,7 +129,7 @@ def load_problem(folder: str | Path) -> Problem:
     completions = task.completions(tokenizer)
     rows = [tuple(ids[mask].tolist()) for ids, mask in zip(completions.ids, completions.mask, strict=True)]
     log_posterior = torch.stack([posterior.log_posterior for posterior in posteriors])
-    return Problem(task, prior, tokenizer, log_posterior, {row: i for i, row in enumerate(rows)})
+    return Space(task, prior, tokenizer, log_posterior, {row: i for i, row in enumerate(rows)})
 
 
 def settings(max_log_potential: float) -> list[Setting]:
@@ -115,38 +154,36 @@ def settings(max_log_potential: float) -> list[Setting]:
     return rows
 
 
-def run(problem: Problem, setting: Setting, num_samples: int, seed: int = 0) -> Row:
+def measure(space: Space, setting: Setting, num_samples: int, seed: int = 0) -> Measured:
     """
     Draws, and compares with the posterior.
 
     Args:
-        problem ([`Problem`]): from [`load_problem`].
+        space ([`Space`]): from [`load_space`].
         setting ([`Setting`]): the method.
         num_samples (`int`): draws of each prompt.
         seed (`int`, *optional*, defaults to `0`): of the draws.
     """
     sampler = Sampler(
-        problem.prior,
-        problem.tokenizer,
-        [problem.task.reward_func],
+        space.prior,
+        space.tokenizer,
+        [space.task.reward_func],
         Tilt(BETA),
         setting.method,
-        max_new_tokens=problem.task.max_completion_length,
-        batch_size=_MOST_AT_ONCE,
-        seed=seed,
+        SamplingSettings(space.task.max_completion_length, batch_size=_MOST_AT_ONCE, seed=seed),
     )
     start = time.perf_counter()
-    draws = sampler.sample(problem.task.prompts, num_samples * setting.resample)
+    draws = sampler.sample(space.task.prompts, num_samples * setting.resample)
     seconds = time.perf_counter() - start
-    counts = count(problem, draws)
+    counts = count(space, draws)
     if setting.family.startswith("importance"):
-        counts = resample(problem, draws, num_samples, seed)
+        counts = resample(space, draws, num_samples, seed)
     returned = counts.sum(dim=1)
-    floor, spread = noise_floor(problem.log_posterior, returned.long().tolist(), seed)
-    return Row(
+    floor, spread = noise_floor(space.log_posterior, returned.long().tolist(), seed)
+    return Measured(
         setting.family,
         setting.settings,
-        total_variation(counts, problem.log_posterior),
+        total_variation(counts, space.log_posterior),
         floor,
         spread,
         draws.diagnostics["num_generated"] / returned.sum().item(),
@@ -156,25 +193,25 @@ def run(problem: Problem, setting: Setting, num_samples: int, seed: int = 0) -> 
     )
 
 
-def _places(problem: Problem, draws: Draws) -> Tensor:
+def _places(space: Space, draws: Completions) -> Tensor:
     """Which completion each draw is, (M,)."""
-    return torch.tensor([problem.places[tuple(ids)] for ids in draws.completion_ids])
+    return torch.tensor([space.places[tuple(ids)] for ids in draws.completion_ids])
 
 
-def count(problem: Problem, draws: Draws) -> Tensor:
+def count(space: Space, draws: Completions) -> Tensor:
     """Numbers of each completion, (P, N) float64."""
-    num_prompts, num_completions = problem.log_posterior.shape
-    flat = draws.prompt_index * num_completions + _places(problem, draws)
+    num_prompts, num_completions = space.log_posterior.shape
+    flat = draws.prompt_index * num_completions + _places(space, draws)
     return torch.bincount(flat, minlength=num_prompts * num_completions).view(num_prompts, -1).double()
 
 
-def resample(problem: Problem, draws: Draws, num_samples: int, seed: int) -> Tensor:
+def resample(space: Space, draws: Completions, num_samples: int, seed: int) -> Tensor:
     """Numbers (P, N) of each completion among draws that are chosen in proportion to their weights."""
     num_prompts = len(draws.prompts)
     rng = numpy.random.default_rng([seed, 2])
     chosen = systematic(draws.log_weights.view(num_prompts, -1), num_samples, rng)  # (P, n)
-    places = _places(problem, draws).view(num_prompts, -1).gather(1, chosen)
-    return torch.stack([torch.bincount(row, minlength=problem.log_posterior.size(1)) for row in places]).double()
+    places = _places(space, draws).view(num_prompts, -1).gather(1, chosen)
+    return torch.stack([torch.bincount(row, minlength=space.log_posterior.size(1)) for row in places]).double()
 
 
 def total_variation(counts: Tensor, log_posterior: Tensor) -> float:
@@ -207,25 +244,22 @@ def noise_floor(
     return float(numpy.mean(values)), float(numpy.std(values, ddof=1))
 
 
-def run_all(
-    problem: Problem, num_samples: int, seed: int, show: Callable[[list[Setting]], Iterable[Setting]] | None = None
-) -> list[Row]:
-    """All settings; `show` wraps them, to show progress."""
-    every = settings(problem.max_log_potential)
-    return [run(problem, setting, num_samples, seed) for setting in (every if show is None else show(every))]
+def to_markdown(found: Sequence[Measured]) -> str:
+    """The section's part of the page."""
+    text = (
+        "Total variation to a posterior that is known exactly, and what a draw costs. As many independent exact draws "
+        "differ from their own law too: by what the fourth column says."
+    )
+    return "\n\n".join(["## Samplers", text, table(found)])
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
-    """The table."""
-    lines = [
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
-    ]
-    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-    return "\n".join(lines)
+def table(found: Sequence[Measured]) -> str:
+    """A row for each setting."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells(each))} |" for each in found)])
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Measured) -> list[str]:
     """A row as text."""
     return [
         row.family,
@@ -236,11 +270,3 @@ def cells(row: Row) -> list[str]:
         f"{row.tokens_per_draw:.3g}",
         f"{row.seconds:.1f}",
     ]
-
-
-def write(rows: Sequence[Row], folder: Path, about: dict[str, object]) -> None:
-    """Writes `samplers.json` and `samplers.md`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {**about, "rows": [row._asdict() for row in rows]}
-    (folder / "samplers.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "samplers.md").write_text(to_markdown(rows) + "\n", encoding="utf-8")
