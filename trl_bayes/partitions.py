@@ -168,7 +168,7 @@ class FromPriorSamples(Partition):
         return self.table is not None
 
     def learn(self, prior: PriorScores, target: Target) -> None:
-        log_z = prior.log_z(target).log_z
+        log_z = prior.estimate_log_z(target).log_z
         self.table = PromptTable.of(prior.keys, log_z)
         if without := int((~log_z.isfinite()).sum()):
             warnings.warn(

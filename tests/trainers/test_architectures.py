@@ -171,7 +171,7 @@ def test_samples_of_the_prior_that_are_kept(architecture: str, folders: dict[str
         assert row["log_prior"] == pytest.approx(expected, abs=1e-4)
 
 
-# --- the check before the first update ---------------------------------------------------------------------------------
+# --- the check before the first update -------------------------------------------------------------------------------
 
 
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,7 +23,6 @@ from ..trainers.dpg import DPGConfig
 from ..trainers.f_dpg import FDPGConfig
 from ..trainers.kl_rl import KLRLConfig
 from ..trainers.trajectory_balance import TrajectoryBalanceConfig
-from .folders import writable_folder
 from .launch import ACCELERATE_CONFIG, launcher_actions
 from .parser import RecipeParser
 from .training import (
@@ -226,8 +226,15 @@ def prepare_folder(args: PosteriorArguments) -> Path:
     Raises:
         ValueError: one sentence.
     """
-    folder = writable_folder(args.output_dir)
-    if any(folder.iterdir()) and not args.overwrite:
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        in_use = any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"`output_dir={folder}` cannot be written to: {error.strerror or error}.") from None
+    if in_use and not args.overwrite:
         raise ValueError(f"`output_dir={folder}` is not empty: name another folder, or set `--overwrite`.")
     return folder
 

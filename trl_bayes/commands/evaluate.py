@@ -38,7 +38,6 @@ from ..language_models.completions import Completions
 from ..language_models.settings import at_least
 from ..language_models.vocabulary import check_same_vocabulary
 from ..prior.reference import PriorReference, draw_prior
-from ..samplers import largest_log_potential
 
 
 _METHODS: dict[str, PosteriorMethod | None] = {"auto": None, "rejection": "rejection", "importance": "importance"}
@@ -190,7 +189,7 @@ def prepare(args: EvaluateArguments, model: ModelConfig, mixture: DatasetMixture
         check_same_vocabulary(
             f"policy {name!r}", path, configs[name], problem.prior.config, problem.tokenizer, args.trust_remote_code
         )
-    bound = largest_log_potential(problem.target) if args.max_log_potential is None else args.max_log_potential
+    bound = problem.target.max_log_potential() if args.max_log_potential is None else args.max_log_potential
     if args.method == "rejection" and bound is None:
         raise ValueError(
             f"`method=rejection` needs evidence with a known upper bound, which {problem.target!r} does not have: set "

@@ -28,7 +28,7 @@ from ..command_line.problem import (
 )
 from ..language_models.settings import at_least
 from ..samplers import METHODS, Completions, Method, Sampler, SamplingError
-from ..targets import build_target
+from ..targets import LogPotentialError, build_target
 from ..targets.base import weighted_sum
 
 
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error) or type(error).__name__)
     try:
         draws = run(job)
-    except SamplingError as error:  # an error in a reward function keeps its traceback
+    except (SamplingError, LogPotentialError) as error:  # an error in a reward function keeps its traceback
         parser.error(str(error))
     write(job, draws)
     console = Console()

@@ -16,7 +16,7 @@ from ..language_models.samples import RewardFunction, score
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
 from ..targets import Context, Target
-from .source import CompletionSource, SamplingError, log_weights_of
+from .source import CompletionSource, log_weights_of
 
 
 class LanguageModelSource(CompletionSource):
@@ -108,8 +108,6 @@ class LanguageModelSource(CompletionSource):
         if self.proposal is not None:
             log_ratio = log_prior - self._log_probs(self.proposal, completions)
         phi = self.target(rewards, Context(log_prior, self.prompt_keys[prompt_index])).double()
-        if phi.isposinf().any():
-            raise SamplingError(f"The target {self.target!r} gives infinite log-potential: it must be below +inf.")
         return completions.with_known(rewards=rewards, phi=phi, log_weights=log_weights_of(phi, log_ratio))
 
     def _log_probs(self, model: PreTrainedModel, completions: Completions) -> Tensor:

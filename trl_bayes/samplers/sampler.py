@@ -141,6 +141,7 @@ class Sampler:
         """The target; if it must learn from these prompts first, a copy that has done so."""
         if self.target.is_fitted:
             return self.target
+        self.target.warn_of_too_few_samples(self.num_prior_samples)
         reference = draw_prior(
             self.prior,
             self.tokenizer,

@@ -18,11 +18,17 @@ class Transform:
         name (`str`): how it is written; two transforms of the same name are the same.
         function (`Callable`): `Phi`, elementwise on tensors, finite and free of overflow on (0, 1).
         default_beta (`float`, *optional*): temperature that gives the law which the transform is named after.
+        log_mean (`Callable`, *optional*):
+            `log_mean(a, b, beta)`, the log of the mean of `exp(Phi(u)/beta)` over `a < u < b`, for a transform that
+            stands for a law of ranks: completions with the same reward share the quantiles from `a` to `b`, and
+            together they get the probability that the law gives to these. Without it they all have the one `u` in the
+            middle.
     """
 
     name: str
     function: Callable[[torch.Tensor], torch.Tensor] = field(compare=False)
     default_beta: float | None = field(default=None, compare=False)
+    log_mean: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = field(default=None, compare=False)
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
         return self.function(u)
@@ -36,14 +42,29 @@ def best_of_n(n: int) -> Transform:
     `Phi = log u`: with the default `beta = 1/(N-1)` the law of the best of `n` prior samples, density `N u^(N-1)`.
 
     See https://huggingface.co/papers/2407.06057. `Z = 1/N`, `KL(p||pi_0) = log N - (N-1)/N`, win rate `N/(N+1)`.
+    Exact with ties too: a class of completions with the same reward, on the quantiles from `a` to `b`, has the
+    probability `b^N - a^N` to be the best, so `phi = log[(b^N - a^N) / (N (b - a))]`.
     """
-    return Transform(f"best_of_n(n={_at_least_two('best_of_n', n)})", torch.log, 1 / (n - 1))
+    name = f"best_of_n(n={_at_least_two('best_of_n', n)})"
+    return Transform(name, torch.log, 1 / (n - 1), _log_mean_power)
 
 
 def worst_of_n(n: int) -> Transform:
-    """`Phi = log(1 - u)`: with the default `beta = 1/(N-1)` the law of the worst of `n` prior samples."""
+    """
+    `Phi = log(1 - u)`: with the default `beta = 1/(N-1)` the law of the worst of `n` prior samples.
+
+    [`best_of_n`] from the other end, ties included.
+    """
     name = f"worst_of_n(n={_at_least_two('worst_of_n', n)})"
-    return Transform(name, lambda u: torch.log1p(-u), 1 / (n - 1))
+    return Transform(
+        name, lambda u: torch.log1p(-u), 1 / (n - 1), lambda a, b, beta: _log_mean_power(1 - b, 1 - a, beta)
+    )
+
+
+def _log_mean_power(a: torch.Tensor, b: torch.Tensor, beta: float) -> torch.Tensor:
+    """Log of the mean of `u^(1/beta)` over `a < u < b`: `log[(b^c - a^c) / (c (b - a))]` with `c = 1 + 1/beta`."""
+    c = 1 + 1 / beta
+    return c * b.log() + (-torch.expm1(c * (a.log() - b.log()))).log() - math.log(c) - (b - a).log()
 
 
 def ctrl_best_of_n(t: float = 10.0) -> Transform:

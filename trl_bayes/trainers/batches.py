@@ -9,7 +9,6 @@ from datasets.fingerprint import Hasher
 from ..groups import Group
 from ..prior import Context
 from ..targets import Target
-from .refusals import check_log_potential
 
 
 _MODEL_INPUTS = (
@@ -84,7 +83,6 @@ def gather_group(
     rewards = accelerator.gather(output["rewards"][generated])  # (B_global, K)
     keys = accelerator.gather(output["prompt_key"][generated]) if "prompt_key" in output else None
     phi = target(rewards, None if keys is None else Context(log_prior, keys))
-    check_log_potential(phi, target, num_completions=len(rewards))
     shape = (-1, group_size)
     return Group(
         log_policy.view(shape),

@@ -112,7 +112,7 @@ class PosteriorTrainer(GRPOTrainer):
     ):
         args = check_arguments(type(self), args, model, target)
         self.estimator = self.make_estimator(args)
-        self.target = build_target(args.target if target is None else target, args.beta or 1.0)
+        self.target = build_target(args.target if target is None else target, args.beta)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
         if ineffective := args.ineffective_settings():

@@ -109,6 +109,7 @@ def refuse_unsampled_prior(
     """
     if not (target.needs_prior_samples or partition.needs_prior_samples):
         return
+    target.warn_of_too_few_samples(args.num_prior_samples)
     needs = f"The target {target!r}" if target.needs_prior_samples else f"`partition={partition.name!r}`"
     if args.beta == 0:
         raise ValueError(
@@ -129,25 +130,6 @@ def refuse_unsampled_prior(
         raise ValueError(
             f"{needs} needs samples of the prior for each prompt, so all prompts must be known: use a data set that "
             "is not streamed."
-        )
-
-
-def check_log_potential(phi: Any, target: Target, num_completions: int) -> None:
-    """
-    Refuses what a target must not return.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    if not isinstance(phi, torch.Tensor) or phi.shape != (num_completions,):
-        got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
-        raise ValueError(
-            f"The target {target!r} returned {got} as log-potential: return one value per completion, a tensor of "
-            f"shape {(num_completions,)}."
-        )
-    if (phi == torch.inf).any():
-        raise ValueError(
-            f"The target {target!r} returned +inf as log-potential, which no posterior can have: bound it."
         )
 
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from datasets import DatasetDict
 
 from tests.helpers.training import assert_same_weights
