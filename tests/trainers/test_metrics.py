@@ -30,7 +30,7 @@ def at_the_prior(phi: list[float], keys: bool = True) -> Group:
 def logged(group: Group, partition: Partition, target: Target | None = None, estimator: Estimator | None = None):
     estimator = estimator or ImportanceWeights(get_divergence("forward_kl"))
     log_z = partition.log_z(group)
-    terms = group_terms(group, log_z.of_completion, estimator)
+    terms = group_terms(group, log_z, estimator)
     return group_metrics(group, terms, log_z, estimator, target or Tilt(beta=0.1))
 
 
@@ -105,7 +105,7 @@ def test_a_lone_success_logs_nothing_that_cannot_be(successes: int) -> None:
     estimator = ScoreFunction(get_divergence("jensen_shannon"))
     metrics = logged(group, LeaveOneOut(), estimator=estimator)
     assert 0 <= metrics["posterior/forward_kl"] <= math.log(G) + 0.01
-    terms = group_terms(group, LeaveOneOut().log_z(group).of_completion, estimator)
+    terms = group_terms(group, LeaveOneOut().log_z(group), estimator)
     loss, _ = sequence_loss(group.log_policy[0], type(terms)(*(term[0] for term in terms)), estimator)
     assert 0 <= loss.item() <= math.log(2)
 

@@ -54,9 +54,11 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
     is_known = (group.tells_z | log_z.is_informed | at_bound.to(weights.device)) & log_z.of_prompt.isfinite()
     known = log_z.of_prompt.masked_fill(~is_known, torch.nan)  # (P,)
     fit = divergence_estimates(group.log_policy, group.log_prior, group.log_target, group.log_proposal, known, valid)
+    # A group that is on its own has missed nothing that it knows of
+    from_elsewhere = torch.where(log_z.is_informed, known, NEG_INF).nan_to_num(nan=NEG_INF)
     sees_posterior = (pooled_log_z(weights, valid) - known).abs() <= math.log(2)
     no_evidence = (weights.masked_fill(~valid, NEG_INF) == NEG_INF).all(dim=1)
-    ess = effective_sample_size(weights, valid, known.nan_to_num(nan=NEG_INF))
+    ess = effective_sample_size(weights, valid, from_elsewhere)
     return {
         "posterior/log_z": known.nanmean(),
         "posterior/ess": ess.masked_fill(~is_known, torch.nan).nanmean(),

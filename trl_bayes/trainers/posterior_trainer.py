@@ -259,7 +259,7 @@ class PosteriorTrainer(GRPOTrainer):
         group = gather_group(local, output, row.argsort(), self._group_size, self.target, self.accelerator)
         refuse_infinite_potential(group.phi, self.target, self.estimator.divergence)
         log_z = self.partition.log_z(group)
-        terms = group_terms(group, log_z.of_completion, self.estimator, self.args.pseudo_reward_cap)
+        terms = group_terms(group, log_z, self.estimator, self.args.pseudo_reward_cap)
         self._log(group_metrics(group, terms, log_z, self.estimator, self.target))
         self._log(token_kl(policy, output, self.accelerator))
         show_advantages(cast("deque[float]", self._logs["advantages"]), terms.advantages)
