@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.completions import Completions
+from ..language_models.generation import model_stop_ids
 from ..language_models.samples import RewardFunction, sample, score
 from ..language_models.scoring import log_probs
 from ..statistics.estimate import Estimate, join_notes, mean_of_each, stratified_mean
@@ -92,7 +93,8 @@ def evaluate(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of both.
         reward_funcs (`list`): those of the reference.
         posterior ([`Posterior`]): from [`~trl_bayes.evaluation.posterior.condition`]. The policy is sampled with the
-            prompts and settings of its prior, but for the seed.
+            prompts and settings of its prior, but for the seed: at its temperature and with its stop tokens, whatever
+            the policy's own are. A note says so where they differ.
         num_per_prompt (`int`): samples of the policy for each prompt.
         name (`str`, *optional*, defaults to `"policy"`): of the policy.
         diversity (`bool`, *optional*, defaults to `True`): whether to measure it too.
@@ -118,7 +120,11 @@ def evaluate(
         rewards=score(reward_funcs, drawn, **posterior.prior.columns),
     )
     at_posterior = log_probs(policy, posterior.points, settings)
-    return measure(posterior, completions, at_posterior, name=name, diversity=diversity), completions
+    evaluation = measure(posterior, completions, at_posterior, name=name, diversity=diversity)
+    if {*model_stop_ids(policy), tokenizer.eos_token_id} - {None} != {*settings.stop_ids}:
+        stops = "it would stop at other tokens by itself, and was sampled with the prior's"
+        evaluation.note = join_notes(evaluation.note, stops)
+    return evaluation, completions
 
 
 def measure(

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.completions import Completions, Prompt
+from ..language_models.generation import with_stop_ids
 from ..language_models.samples import RewardFunction, sample, score
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
@@ -25,7 +26,8 @@ class PriorReference:
             the prior.
         reward_names (`list[str]`): of the columns of the rewards.
         settings ([`~trl_bayes.language_models.settings.SamplingSettings`]):
-            With which they were drawn; who compares other models with them uses the same.
+            With which they were drawn, the prior's stop tokens among them; who compares other models with them uses
+            the same.
         columns (`dict[str, list]`): further columns for the reward functions, an entry per prompt.
     """
 
@@ -69,6 +71,7 @@ def draw_prior(
         reward_funcs (`list`): see [`~trl_bayes.language_models.samples.score`].
         columns (`dict`, *optional*): further columns for them, an entry per prompt.
     """
+    settings = with_stop_ids(settings, prior, tokenizer)
     drawn = sample(prior, tokenizer, prompts, num_per_prompt, settings)
     log_prior = log_probs(prior, drawn, settings)
     further = dict(columns or {})
