@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..language_models.samples import Prompt, RewardFunction, Samples, log_probs, sample, score
+from ..language_models.samples import Prompt, Samples, log_probs, sample, score
+from ..rewards.calling import RewardFunction, reward_names
 from ..targets import Constraint, Context, PriorScores, Target
 from ..targets.base import weighted_sum
 from .diversity import distinct_n, jackknife_standard_error, self_bleu, share_distinct
@@ -581,12 +582,12 @@ def draw_prior(
         reward_funcs (`list`): see [`~trl_bayes.language_models.samples.score`].
         columns (`dict`, *optional*): further columns for them, an entry per prompt.
     """
+    names = reward_names(reward_funcs)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     drawn = sample(prior, tokenizer, prompts, num_per_prompt, **settings, batch_size=batch_size, progress=progress)
     log_prior = log_probs(prior, drawn, **_scoring(temperature, batch_size, progress))
     further = dict(columns or {})
-    rewards = score(reward_funcs, drawn, **further)
-    names = [getattr(function, "__name__", f"reward_{k}") for k, function in enumerate(reward_funcs)]
+    rewards = score(reward_funcs, drawn, tokenizer, further)
     return PriorReference(Scored(drawn, log_prior, log_prior, rewards), names, settings, further)
 
 
@@ -762,7 +763,7 @@ def evaluate(
         drawn,
         log_policy=log_probs(policy, drawn, **scoring),
         log_prior=log_probs(prior, drawn, **scoring),
-        rewards=score(reward_funcs, drawn, **posterior.prior.columns),
+        rewards=score(reward_funcs, drawn, tokenizer, posterior.prior.columns),
     )
     at_posterior = log_probs(policy, posterior.points.samples, **scoring)
     return measure(posterior, scored, at_posterior, name=name, diversity=diversity), scored

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.generation import evaluating, find_stop_ids, generate, seeded, tokenize_prompt
-from ..language_models.samples import Prompt, RewardFunction, Samples, log_probs, score
+from ..language_models.samples import Prompt, Samples, log_probs, score
+from ..rewards.calling import RewardFunction
 from ..targets import Context, Target
 from .source import Candidates, CompletionSource, SamplingError
 
@@ -114,7 +115,7 @@ class LanguageModelSource(CompletionSource):
 
     def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Candidates:
         samples = self._samples(prompt_index, completion_ids, self.decode(completion_ids))
-        rewards = score(self.reward_funcs, samples, **self.columns)
+        rewards = score(self.reward_funcs, samples, self.tokenizer, self.columns)
         log_ratio = torch.zeros(len(samples), dtype=torch.float64)
         log_prior = log_ratio
         if self.proposal is not None or self.target.needs_context:  # else nobody reads it
