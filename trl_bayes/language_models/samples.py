@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..rewards.calling import RewardFunction, call_rewards
-from .completions import as_rewards_see_them
 from .generation import evaluating, find_stop_ids, generate, pad_rows, seeded, tokenize_prompt
+from .parsing import as_rewards_see_them
 
 
 Prompt = str | list[dict[str, Any]]

@@ -1,13 +1,14 @@
 """The prior pi_0 as a model of its own, when it is not the policy that training starts from."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model
 
+from ..language_models.adapters import base_of_adapter
 from ..language_models.vocabulary import check_same_vocabulary
 from .exactness import as_mapping
 
@@ -33,11 +34,13 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
     assert args.prior_model_name_or_path is not None  # the caller's condition
     policy = cast(PreTrainedModel, trainer.model)
     kwargs = as_mapping(args.model_init_kwargs)
+    kwargs.pop("revision", None)  # of the policy's repository
     if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     kwargs.setdefault("dtype", policy.dtype)
-    prior = create_model_from_path(args.prior_model_name_or_path, **kwargs)
+    architecture: Any = None if base_of_adapter(args.prior_model_name_or_path) is None else AutoModelForCausalLM
+    prior = create_model_from_path(args.prior_model_name_or_path, architecture, **kwargs)
     check_same_vocabulary(
         "prior",
         args.prior_model_name_or_path,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema
 
-from trl_bayes.language_models.completions import as_rewards_see_them
+from trl_bayes.language_models.parsing import as_rewards_see_them
 
 
 TEXTS = [
