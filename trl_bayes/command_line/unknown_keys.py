@@ -75,8 +75,6 @@ _REMOVED = {
     "fp16_opt_level": "leave it out, and set `fp16`",
     "split_batches": "set it in `accelerator_config`",
     "dispatch_batches": "set it in `accelerator_config`",
-    "fsdp_min_num_params": "set `min_num_params` in `fsdp_config`",
-    "fsdp_transformer_layer_cls_to_wrap": "set `transformer_layer_cls_to_wrap` in `fsdp_config`",
     "push_to_hub_organization": "set `hub_model_id` to organization/name",
     "include_tokens_per_second": "leave it out",
     "jit_mode_eval": "leave it out",
@@ -142,6 +140,7 @@ def _hint(word: str, known: list[str], fields: list[str]) -> str:
     key = word.lstrip("-").replace("-", "_")
     if _RENAMED.get(key) in fields:
         return f" (here it is `{_RENAMED[key]}`)"
-    if key in _REMOVED:
+    named = _REMOVED.get(key, "").split("`")[1::2]
+    if key in _REMOVED and (not named or any(name.partition(":")[0] in fields for name in named)):
         return f" ({_REMOVED[key]})"
     return nearest(word, known)
