@@ -271,7 +271,7 @@ def test_names_of_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"beta": 0}, "`beta=0` is pure RL, which has no posterior"),
         ({"temperature": 0}, "`temperature=0.0` does not sample"),
         ({"reward_funcs": ...}, "give at least one reward function"),
-        ({"reward_funcs": ["some/model"]}, "names the reward model 'some/model'"),
+        ({"reward_funcs": ["some/model"]}, "`reward_funcs`: the model 'some/model' cannot be loaded"),
         ({"reward_weights": [1, 2]}, "2 reward weights for 1 reward functions"),
         ({"dataset_name": "nope.jsonl"}, "The data set 'nope.jsonl' cannot be loaded"),
         ({"device": "tpu9"}, "`device=tpu9` cannot be used"),

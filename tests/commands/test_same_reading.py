@@ -432,3 +432,33 @@ def test_an_adapter_as_the_prior(recipe: dict[str, Any], adapter: str, tiny_mode
 def test_two_adapters_at_once_are_refused(recipe: dict[str, Any], adapter: str, refusal: Callable[..., str]) -> None:
     message = refusal("kl-rl", recipe | {"model_name_or_path": adapter, "use_peft": True})
     assert "`PeftModel` instance together with a `peft_config`" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward models
+
+
+def test_a_reward_model(recipe: dict[str, Any], tiny_models: Any, loaded: list[tuple[str, Any]]) -> None:
+    """It is loaded as in training, and a target reads it by the same name."""
+    target = {"name": "tilt", "beta": 1.0, "rewards": ["reward"]}
+    recipe |= {"reward_funcs": [f"{MODULE}.length", tiny_models.reward], "target": target}
+    seen = Seen(recipe | {"load_in_8bit": True, "use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]})
+    seen.train()
+    assert (tiny_models.reward, None) in loaded and "rewards/reward/mean" in seen.logged()
+    for run in (seen.evaluate, seen.sample):
+        loaded.clear()
+        run()
+        assert (tiny_models.reward, None) in loaded
+    assert read_report("runs/evaluation").problem["rewards"] == "length, reward"
+    assert sample_settings()["rewards"] == ["length", "reward"]
+
+
+def test_a_reward_model_of_a_revision_that_is_not_there(recipe: dict[str, Any], refusal: Callable[..., str]) -> None:
+    """All commands look for it where TRL does."""
+    recipe |= {"reward_model_name_or_path": "nope/nope", "method": "prior"}
+    said = {
+        refusal("kl-rl", {key: value for key, value in recipe.items() if key != "method"}),
+        refusal("evaluate", recipe | {"policies": [recipe["model_name_or_path"]], "method": "auto"}),
+        refusal("sample", recipe),
+    }
+    assert len(said) == 1 and said.pop().startswith("`reward_funcs`: the model 'nope/nope' cannot be loaded")

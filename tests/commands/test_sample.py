@@ -273,7 +273,7 @@ def test_every_option_of_a_method_is_an_argument() -> None:
         ({"dataset_train_split": "test"}, "no split 'test'"),
         ({"dataset_streaming": True}, "set `max_prompts`"),
         ({"reward_funcs": ["nope"]}, "There is no reward 'nope'"),
-        ({"reward_funcs": ["some/model"]}, "names the reward model 'some/model'"),
+        ({"reward_funcs": ["some/model"]}, "`reward_funcs`: the model 'some/model' cannot be loaded"),
         ({"reward_funcs": ...}, "give at least one reward function"),
         ({"reward_weights": [1, 2]}, "2 reward weights for 1 reward functions"),
         ({"temperature": 0}, "`temperature=0.0` does not sample"),

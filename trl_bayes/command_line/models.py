@@ -139,7 +139,7 @@ def load_model(
     Args:
         name (`str`): id or folder.
         arguments ([`Arguments`]): of the run; its model is loaded as training loads it, but for the device.
-        device (`str`, *optional*): defaults to a GPU if there is one, and `use_cpu` does not say otherwise.
+        device (`str`, *optional*): as [`choose_device`] has it.
         revision (`str`, *optional*): of this model. Defaults to its newest.
         quantized (`bool`, *optional*, defaults to `True`): whether quantization is meant for this model too.
 
@@ -148,7 +148,7 @@ def load_model(
     """
     settings = {**loading_arguments(arguments.model, arguments.training), "revision": revision or "main"}
     quantization_config = get_quantization_config(arguments.model) if quantized else None
-    where = torch.device(_usable(device or _default_device(arguments.training)))
+    where = choose_device(device, arguments.training)
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
         settings.setdefault("device_map", {"": where})  # weights that are quantized cannot be moved
@@ -158,13 +158,15 @@ def load_model(
     return (model.to(where) if settings["device_map"] is None else model).eval()
 
 
-def _default_device(training: PosteriorConfig) -> str:
-    return "cuda" if torch.cuda.is_available() and not training.use_cpu else "cpu"
+def choose_device(device: str | None, training: PosteriorConfig) -> torch.device:
+    """
+    The device of a study: the one that is named, or else a GPU if there is one and `use_cpu` does not say otherwise.
 
-
-def _usable(device: str) -> str:
+    Raises:
+        ValueError: it cannot be used; one sentence.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() and not training.use_cpu else "cpu")
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device={device}` cannot be used: {first_sentence(error)}.") from None
-    return device
+        raise ValueError(f"`device={name}` cannot be used: {first_sentence(error)}.") from None

@@ -1,7 +1,6 @@
 """What `sample` and `evaluate` share: a posterior, written as for training and loaded without a trainer."""
 
 import sys
-from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -13,8 +12,8 @@ from ..rewards.calling import NOT_PASSED_ON
 from ..targets import Target, build_target
 from .arguments import Arguments, StudyArguments
 from .data import load_data, select_split
-from .models import find_config, load_model, load_tokenizer, loading_arguments, model_path
-from .rewards import find_rewards
+from .models import choose_device, find_config, load_model, load_tokenizer, loading_arguments, model_path
+from .rewards import check_reward_models, find_rewards, load_reward_models
 
 
 class Study(NamedTuple):
@@ -59,7 +58,7 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     training = arguments.training
     name, revision = find_prior(arguments)
     rewards, names = find_rewards(arguments.script)
-    _refuse_reward_models(rewards)
+    check_reward_models(rewards, arguments)
     target = build_target(training.target, training.beta)
     weights = _weights(training.reward_weights, len(rewards))
     if not rewards and target.reads_rewards:
@@ -70,6 +69,7 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     tokenizer = load_tokenizer(name, settings, training.chat_template_kwargs)
     is_policys = training.prior_model_name_or_path is None
     prior = load_model(name, arguments, args.device, revision=revision, quantized=is_policys)
+    rewards = load_reward_models(rewards, arguments, choose_device(args.device, training))
     length = cast(int, training.max_completion_length)  # the configuration's default is a number
     check_prompts([row["prompt"] for row in rows], tokenizer, prior, max_completion_length=length)
     named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
@@ -97,15 +97,6 @@ def find_prior(arguments: Arguments) -> tuple[str, str]:
     name = model_path(named)
     find_config(field, name, training.trust_remote_code, revision)
     return name, revision
-
-
-def _refuse_reward_models(rewards: Sequence[Any]) -> None:
-    for reward in rewards:
-        if isinstance(reward, str):
-            raise ValueError(
-                f"`reward_funcs` names the reward model {reward!r}, which only a trainer loads: give a function, for "
-                "instance {name: classified_as, ...}."
-            )
 
 
 def _weights(weights: list[float] | None, number: int) -> torch.Tensor | None:

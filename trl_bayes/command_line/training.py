@@ -30,7 +30,7 @@ from .models import find_config, load_tokenizer, load_trainable_adapter, loading
 from .parser import one_sentence
 from .prompts import PromptError
 from .recipe import check_trainer, make_arguments, read_command_line, training_parser
-from .rewards import find_rewards
+from .rewards import check_reward_models, find_rewards
 
 
 def run(
@@ -146,7 +146,8 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
     if not rewards:
         raise ValueError("`reward_funcs` is missing: name at least one reward function or reward model.")
     settings = loading_arguments(model, training)
-    _check_models(model_path(model.model_name_or_path), rewards, settings, training)
+    _check_models(model_path(model.model_name_or_path), settings, training)
+    check_reward_models(rewards, arguments)
     _check_trackers(training)
     dataset = load_data(arguments)
     train_dataset = select_split(dataset, script.dataset_train_split, script)
@@ -177,16 +178,13 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
     return trainer
 
 
-def _check_models(policy: str, rewards: Sequence[Any], settings: dict[str, Any], training: PosteriorConfig) -> None:
+def _check_models(policy: str, settings: dict[str, Any], training: PosteriorConfig) -> None:
     """Refuses models that are not there; writes out where the prior is."""
     trust, revision = training.trust_remote_code, settings["revision"]
     if training.prior_model_name_or_path is not None:
         training.prior_model_name_or_path = model_path(training.prior_model_name_or_path)
         find_config("prior_model_name_or_path", training.prior_model_name_or_path, trust)
     find_config("model_name_or_path", policy, trust, revision)
-    for name in rewards:
-        if isinstance(name, str):
-            find_config("reward_funcs", name, trust, revision)  # TRL loads it with `model_init_kwargs` too
 
 
 def _policy(name: str, arguments: Arguments, rewards: Sequence[Any]) -> dict[str, Any]:
