@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..rewards.specification import with_numbers
+
 
 _DEFAULT_KL_BUDGET = 0.5  # nats
 
@@ -110,7 +112,7 @@ def build_transform(transform: str | Transform, **arguments: Any) -> Transform:
     except TypeError as error:
         takes = list(inspect.signature(_BY_NAME[transform]).parameters)
         raise ValueError(f"The transform {transform!r} takes {takes}: {error}.") from None
-    return _BY_NAME[transform](**arguments)
+    return _BY_NAME[transform](**with_numbers(_BY_NAME[transform], arguments, f"the transform {transform!r}"))
 
 
 def _at_least_two(name: str, n: int) -> int:
