@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("trl_bayes", "tests", "pyproject.toml", "README.md")
-SECTIONS = ("A target", "A divergence", "A sampler", "A command")
+SECTIONS = ("A target", "A divergence", "An estimator", "A trainer", "A sampler", "A command")
 MOST_FILES = 2
 
 # The name of a file on a line of its own, and then its contents or what changes in it

@@ -1,4 +1,4 @@
-"""What the Markdown files name is there: modules and names that they import, commands, and sections of the benchmark."""
+"""What the Markdown files name is there: modules and names that they import, commands, sections of `bench`."""
 
 import importlib
 import re

@@ -88,6 +88,11 @@ def test_functions_fit_on_a_screen() -> None:
     assert not too_long, f"over {MOST_LINES_OF_A_FUNCTION} lines of code"
 
 
+def test_every_trainer_has_a_row_in_the_table_of_the_tests() -> None:
+    public = {name for name in trl_bayes.__all__ if name.endswith("Trainer")}
+    assert {row.trainer.__name__ for row in TRAINERS.values()} == public
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_named_trainers_are_thin(name: str) -> None:
     # Documentation, configuration, and which estimator it picks

@@ -1,7 +1,6 @@
 """Estimators, each against the sum over *all* groups of a space of five outcomes: no sampling, no noise to tolerate.
 
-The policy is a softmax over five free logits, so `grad log pi(y) = onehot(y) - pi`, and every exact gradient is
-autograd through the definition `D_f(pi||p) = sum_y p f(pi/p)`, with f written out here as in a textbook.
+The space and the sums are in `tests/helpers/outcomes.py`.
 """
 
 import itertools
@@ -15,9 +14,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers import textbook
-from trl_bayes.divergences import DIVERGENCES, Divergence, get_divergence
+from tests.helpers.outcomes import (
+    INF,
+    LOG_POLICY,
+    LOG_PRIOR,
+    NUM_OUTCOMES,
+    ONE,
+    OTHER_PROPOSAL,
+    PROPOSALS,
+    SOFT,
+    SPACES,
+    TEXTBOOK,
+    ZERO,
+    Space,
+    all_groups,
+    all_multisets,
+    divergence_of,
+    everything_valid,
+    exact_gradient,
+    expected_gradient,
+    f_divergence,
+    forward_kl,
+    group_gradient,
+    reverse_kl,
+    vector,
+)
+from trl_bayes.divergences import DIVERGENCES, Divergence
 from trl_bayes.estimators import (
+    Estimator,
+    ImportanceWeights,
+    PolicyGradient,
+    ScoreFunction,
+    TrajectoryBalance,
     divergence_estimates,
     importance_coefficient,
     leave_one_out_baseline,
@@ -35,56 +63,6 @@ from trl_bayes.groups import (
 )
 
 
-INF = math.inf
-NUM_OUTCOMES = 5
-
-
-def vector(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-ZERO, ONE = vector(0.0)[0], vector(1.0)[0]
-
-THETA = vector(0.3, -0.5, 0.8, 0.0, -1.1)  # the policy's logits
-LOG_POLICY = THETA.log_softmax(0)
-LOG_PRIOR = vector(-0.2, 0.7, 0.1, -0.9, 0.4).log_softmax(0)
-OTHER_PROPOSAL = vector(0.5, 0.9, -0.7, 0.4, 0.2).log_softmax(0)  # an earlier policy: neither pi nor pi_0
-PROPOSALS = {"on_policy": LOG_POLICY, "off_policy": OTHER_PROPOSAL}
-
-
-class Space(NamedTuple):
-    """What is to be approximated, over all outcomes, each `(N,)`; `log_z` is the exact evidence."""
-
-    log_target: Tensor
-    log_posterior: Tensor
-    log_z: Tensor
-
-
-def space(phi: Tensor) -> Space:
-    log_target = LOG_PRIOR + phi
-    log_z = log_target.logsumexp(0)
-    return Space(log_target, log_target - log_z, log_z)
-
-
-SOFT = space(vector(0.6, -1.2, 0.3, 1.5, -0.4))
-HARD = space(vector(0.6, -INF, 0.3, 1.5, -INF))
-SPACES = {"soft": SOFT, "hard": HARD}
-
-
-# f(t) and f'(inf)
-TEXTBOOK: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    **{name: (row.f, row.slope_at_infinity) for name, row in textbook.TEXTBOOK.items()},
-    "alpha=-0.5": (lambda t: (t**-0.5 + 0.5 * t - 1.5) / 0.75, 1 / 1.5),
-    "alpha=0.3": (lambda t: (t**0.3 - 0.3 * t - 0.7) / (0.3 * -0.7), 1 / 0.7),
-    "alpha=1.6": (lambda t: (t**1.6 - 1.6 * t + 0.6) / (1.6 * 0.6), INF),
-}
-
-
-def divergence_of(name: str) -> Divergence:
-    family, _, exponent = name.partition("=")
-    return get_divergence(family, alpha=float(exponent) if exponent else None)
-
-
 def test_every_divergence_is_enumerated() -> None:
     assert {name.partition("=")[0] for name in TEXTBOOK} == set(DIVERGENCES)
 
@@ -96,70 +74,6 @@ divergence_and_space = pytest.mark.parametrize(
     ("name", "where"),
     [(name, where) for name in TEXTBOOK for where in SPACES if where == "soft" or TEXTBOOK[name][1] < INF],
 )
-
-
-def exact_gradient(divergence: Callable[[Tensor], Tensor]) -> Tensor:
-    """Of a function of `log pi` `(N,)`, with respect to the logits, at `THETA`."""
-    theta = THETA.clone().requires_grad_()
-    return torch.autograd.grad(divergence(theta.log_softmax(0)), theta)[0]
-
-
-def f_divergence(name: str, target: Space) -> Callable[[Tensor], Tensor]:
-    f, slope_at_infinity = TEXTBOOK[name]
-    inside = target.log_posterior.isfinite()
-
-    def value(log_policy: Tensor) -> Tensor:
-        policy, posterior = log_policy.exp()[inside], target.log_posterior.exp()[inside]
-        total = (posterior * f(policy / posterior)).sum()
-        if inside.all():
-            return total
-        return total + slope_at_infinity * log_policy.exp()[~inside].sum()  # lim p f(pi/p) for p -> 0
-
-    return value
-
-
-def forward_kl(target: Space) -> Callable[[Tensor], Tensor]:
-    posterior = target.log_posterior.exp()
-    return lambda log_policy: (torch.special.xlogy(posterior, posterior) - posterior * log_policy).sum()
-
-
-def reverse_kl(target: Space) -> Callable[[Tensor], Tensor]:
-    return lambda log_policy: (log_policy.exp() * (log_policy - target.log_posterior)).sum()
-
-
-class Groups(NamedTuple):
-    """Groups of outcomes, `(P, G)`, and the probability of each under the proposal, `(P,)`."""
-
-    outcomes: Tensor
-    probability: Tensor
-
-    def expectation(self, values: Tensor) -> Tensor:
-        """Of a quantity per group, `(P, ...)`."""
-        return torch.einsum("p,p...->...", self.probability, values)
-
-
-def all_groups(group_size: int, log_q: Tensor) -> Groups:
-    """All `5^G` groups in order."""
-    outcomes = torch.tensor(list(itertools.product(range(NUM_OUTCOMES), repeat=group_size)))
-    return Groups(outcomes, log_q[outcomes].sum(dim=1).exp())
-
-
-def all_multisets(group_size: int, log_q: Tensor) -> Groups:
-    """All groups up to their order, with the multinomial probability: 4,845 of them for G = 16 instead of 5^16."""
-    outcomes = torch.tensor(list(itertools.combinations_with_replacement(range(NUM_OUTCOMES), group_size)))
-    counts = torch.stack([(outcomes == outcome).sum(dim=1) for outcome in range(NUM_OUTCOMES)], dim=1).double()
-    orders = math.lgamma(group_size + 1) - torch.lgamma(counts + 1).sum(dim=1)
-    return Groups(outcomes, (orders + counts @ log_q).exp())
-
-
-def group_gradient(coefficient: Tensor, outcomes: Tensor, log_policy: Tensor = LOG_POLICY) -> Tensor:
-    """`(1/G) sum_i c_i grad log pi(y_i)` of each group, `(P, N)`."""
-    scores = torch.eye(NUM_OUTCOMES, dtype=torch.float64) - log_policy.exp()  # (N, N), a row per outcome
-    return (coefficient.unsqueeze(2) * scores[outcomes]).mean(dim=1)
-
-
-def everything_valid(outcomes: Tensor) -> Tensor:
-    return torch.ones_like(outcomes, dtype=torch.bool)
 
 
 def assert_equal(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
@@ -183,6 +97,25 @@ def test_enumerations_are_complete(log_q: Tensor) -> None:
 
 
 # --- exact gradients, with log Z known -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("estimator", "name", "log_q"),
+    [
+        (PolicyGradient, "reverse_kl", LOG_POLICY),
+        (PolicyGradient, "reverse_kl", OTHER_PROPOSAL),
+        (ScoreFunction, "jensen_shannon", LOG_POLICY),
+        (ScoreFunction, "jensen_shannon", OTHER_PROPOSAL),
+        (ImportanceWeights, "forward_kl", LOG_POLICY),
+        (ImportanceWeights, "forward_kl", OTHER_PROPOSAL),
+        (TrajectoryBalance, "squared_hellinger", LOG_POLICY),  # off-policy it is another loss with the same optimum
+    ],
+)
+def test_mean_of_each_estimator_is_the_gradient(
+    estimator: Callable[[Divergence], Estimator], name: str, log_q: Tensor
+) -> None:
+    gradient = expected_gradient(estimator(divergence_of(name)), SOFT, log_q)
+    assert_equal(gradient, exact_gradient(f_divergence(name, SOFT)))
 
 
 def expected_score_function_gradient(name: str, target: Space, log_q: Tensor, group_size: int) -> Tensor:

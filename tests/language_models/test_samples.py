@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from tests.helpers.chi_square import chi_square_p_value
 from trl_bayes.benchmarks.tiny import EnumerableTask, balance_task
 from trl_bayes.language_models.completions import Completions
 from trl_bayes.language_models.samples import sample, score
@@ -53,19 +54,13 @@ def enumerated(
     return {(p, row): values[p, i].item() for p in range(len(TASK.prompts)) for i, row in enumerate(rows)}
 
 
-def chi_square_p_value(samples: Completions, exact: dict[tuple[int, tuple[int, ...]], float]) -> float:
-    """Outcomes with fewer than five expected samples are one cell."""
-    per_prompt = len(samples) // len(samples.prompts)
+def p_value(samples: Completions, exact: dict[tuple[int, tuple[int, ...]], float]) -> float:
     observed = dict.fromkeys(exact, 0)
     for outcome in samples.outcomes():
         observed[outcome] += 1
-    cells = [(observed[outcome], per_prompt * math.exp(value)) for outcome, value in exact.items()]
-    common = [cell for cell in cells if cell[1] >= 5]
-    rare = [cell for cell in cells if cell[1] < 5]
-    common.append((sum(o for o, _ in rare), sum(e for _, e in rare)))
-    statistic = sum((o - e) ** 2 / e for o, e in common)
-    degrees = len(common) - len(samples.prompts)
-    return torch.special.gammaincc(torch.tensor(degrees / 2), torch.tensor(statistic / 2)).item()
+    num_prompts = len(samples.prompts)
+    expected = torch.tensor(list(exact.values()), dtype=torch.float64).exp() * (len(samples) // num_prompts)
+    return chi_square_p_value(torch.tensor(list(observed.values())), expected, num_laws=num_prompts)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -73,9 +68,9 @@ def test_samples_have_the_models_distribution(
     model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float
 ) -> None:
     samples = draw(model, tokenizer, 3000, temperature=temperature, batch_size=2000)
-    assert chi_square_p_value(samples, enumerated(model, tokenizer, temperature)) > 1e-4
+    assert p_value(samples, enumerated(model, tokenizer, temperature)) > 1e-4
     # the test sees a distribution that is off
-    assert chi_square_p_value(samples, enumerated(model, tokenizer, temperature * 1.3)) < 1e-4
+    assert p_value(samples, enumerated(model, tokenizer, temperature * 1.3)) < 1e-4
 
 
 def test_the_models_generation_settings_do_not_matter(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -140,7 +135,7 @@ def test_log_probs_are_exact(
 def test_log_probs_of_no_samples(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     nothing = draw(model, tokenizer, 1).select(torch.tensor([], dtype=torch.int64))
     assert log_probs(model, nothing, SamplingSettings(1)).shape == (0,)
-    assert score([lambda completions, **kwargs: []], nothing).shape == (0, 1)
+    assert score([lambda completions, **kwargs: []], nothing, tokenizer).shape == (0, 1)
 
 
 def test_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -155,7 +150,7 @@ def test_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         await asyncio.sleep(0)
         return [None, math.inf, math.nan, *(float(len(text)) for text in completions[3:])]
 
-    rewards = score([with_column, later], samples, bonus=[0, 1, 2, 3])
+    rewards = score([with_column, later], samples, tokenizer, {"bonus": [0, 1, 2, 3]})
     assert calls == [([TASK.prompts[i // 3] for i in range(12)], samples.texts, samples.completion_ids)]
     assert rewards[:, 0].tolist() == [i // 3 for i in range(12)]
     assert rewards[:3, 1].isnan().all()
@@ -164,10 +159,10 @@ def test_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_bad_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     samples = draw(model, tokenizer, 1)
-    with pytest.raises(ValueError, match="<lambda> returned 2 rewards for 4 samples"):
-        score([lambda **kwargs: [1.0, 2.0]], samples)
+    with pytest.raises(ValueError, match="'<lambda>' returned 2 rewards for 4 completions"):
+        score([lambda **kwargs: [1.0, 2.0]], samples, tokenizer)
     with pytest.raises(ValueError, match="The column 'bonus' has 1 entries for 4 prompts"):
-        score([], samples, bonus=[1])
+        score([], samples, tokenizer, {"bonus": [1]})
 
 
 @pytest.mark.parametrize(
@@ -194,7 +189,7 @@ def test_messages(tiny_models: Any, chat_tokenizer: PreTrainedTokenizerBase) -> 
     prompts = [[{"role": "user", "content": "Hello?"}], "plain text"]
     samples = sample(model, chat_tokenizer, prompts, 2, SamplingSettings(5))
     seen = []
-    score([lambda completions, **kwargs: seen.append(completions) or [0.0] * 4], samples)
+    score([lambda completions, **kwargs: seen.append(completions) or [0.0] * 4], samples, chat_tokenizer)
     assert seen[0][0] == [{"role": "assistant", "content": samples.texts[0]}]
     assert seen[0][2] == samples.texts[2]
     assert "assistant" in chat_tokenizer.decode(samples.prompt_ids[0])

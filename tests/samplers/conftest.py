@@ -1,7 +1,7 @@
 """A source of completions in which every probability is known: two letters, at most three tokens, two prompts."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.chi_square import chi_square_p_value
 from trl_bayes.samplers import Completions, CompletionSource
 from trl_bayes.samplers.source import log_weights_of
 from trl_bayes.targets import Context, Target, Tilt
@@ -128,27 +129,15 @@ class TableSource(CompletionSource):
         ).double()
 
 
-def chi_square_p_value(observed: Tensor, probabilities: Tensor) -> float:
-    """That counts (K,) come from a law (K,); what it excludes must not occur, cells below five expected are one."""
-    if observed[probabilities == 0].any():
-        return 0.0
-    expected = probabilities * observed.sum()
-    rare = expected < 5
-    observed = torch.cat([observed[~rare], observed[rare].sum().reshape(1)])
-    expected = torch.cat([expected[~rare], expected[rare].sum().reshape(1)])
-    inside = expected > 0
-    statistic = ((observed - expected)[inside] ** 2 / expected[inside]).sum()
-    return torch.special.gammaincc((inside.sum() - 1) / 2, (statistic / 2).float()).item()
-
-
 @pytest.fixture
 def table_source() -> type[TableSource]:
     return TableSource
 
 
 @pytest.fixture
-def p_value():
-    return chi_square_p_value
+def p_value() -> Callable[[Tensor, Tensor], float]:
+    """That counts `(K,)` come from a law `(K,)`."""
+    return lambda observed, law: chi_square_p_value(observed, law * observed.sum())
 
 
 @pytest.fixture

@@ -202,6 +202,12 @@ def z_of_others(group: list[Sample], past: tuple[float, int] = (0.0, 0)) -> list
     return [max((total - own) / (number - 1), total / number / 2) for own in weights]
 
 
+def z_of_prompt(group: list[Sample], past: tuple[float, int] = (0.0, 0)) -> float:
+    """The mean weight of the group and of the past, at least that of the group: with which the value is measured."""
+    weights = [math.exp(sample.log_target - sample.log_q) for sample in group]
+    return max((past[0] + sum(weights)) / (past[1] + len(group)), sum(weights) / len(group))
+
+
 def fitted_evidence(group: list[Sample], divergence: str) -> list[float]:
     """Trajectory balance on-policy: for reverse KL the siblings' mean log-ratio, else the evidence of the others."""
     if divergence != "reverse_kl":
@@ -274,7 +280,9 @@ def by_hand(
         z = z_of_others(group, past)
         if not past[1] and fit and case.startswith("tb"):
             z = fitted_evidence(group, case.partition(":")[2])
-        for column, found in zip(result, (coefficients(case, group, z), values(case, group, z), z), strict=True):
+        z_of_value = z if case.startswith("tb") else [z_of_prompt(group, past)] * len(group)
+        found_here = (coefficients(case, group, z), values(case, group, z_of_value), z)
+        for column, found in zip(result, found_here, strict=True):
             for i, each in zip(scored, found, strict=True):
                 column[i] = each
     return result

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -464,43 +463,40 @@ def test_without_its_state_a_checkpoint_needs_the_samples(make: Make, tmp_path: 
 def test_kill_9_while_sampling_and_restart(prior: Prior, tmp_path: Path) -> None:
     """Nothing that was reported done is lost, nothing is drawn twice, and training then goes through."""
     script = textwrap.dedent(f"""
-        import sys, time
+        import itertools, sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         import test_prior_samples_in_training as t
 
         prior = t.Prior({prior.path!r}, None, None)
         trainer = t.Make(prior, Path({str(tmp_path)!r}))(target=t.BEST_OF_4, config={{"num_prior_samples": 100}})
-        draw = trainer._draw_prior
+        draw, calls = trainer._draw_prior, itertools.count(1)
 
-        def slowly(rows, seed):
+        def until_killed(rows, seed):
             print("drawing", flush=True)  # what came before is on disk
-            time.sleep(0.05)
+            if next(calls) == int(sys.argv[1]):
+                time.sleep(600)
             return draw(rows, seed)
 
-        trainer._draw_prior = slowly
+        trainer._draw_prior = until_killed
         trainer.train()
         print("trained", trainer.state.global_step, flush=True)
     """)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "out" / "prior_samples"
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen([*command, "8"], stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         drawn = 0
         while drawn < 8:
             line = process.stdout.readline()
             assert line
             drawn += line.startswith("drawing")
-        time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     kept = samples_on_disk(folder)
-    assert 7 * 16 <= len(kept) < 400
-    output = subprocess.run(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment, check=True
-    ).stdout
+    assert len(kept) == 7 * 16
+    output = subprocess.run([*command, "0"], stdout=subprocess.PIPE, text=True, env=environment, check=True).stdout
     assert output.count("drawing") == (400 - len(kept)) // 16
     assert "trained 2" in output
     rows = samples_on_disk(folder)
@@ -657,7 +653,7 @@ def test_pure_rl_has_no_prior_to_sample(make: Make) -> None:
     ],
 )
 def test_evidence_that_is_not_known_is_refused(target: dict[str, Any], make: Make) -> None:
-    with pytest.raises(ValueError, match="does not know its evidence: set `partition` to 'running', 'leave_one_out'"):
+    with pytest.raises(ValueError, match="does not know its log Z: set `partition` to 'running', 'leave_one_out'"):
         make("dpg", target, {"partition": "known"})
 
 

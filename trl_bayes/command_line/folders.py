@@ -1,21 +1,29 @@
-"""Folders that results are written to."""
+"""Output folders: made, tried, and not written over."""
 
 import tempfile
 from pathlib import Path
 
 
-def writable_folder(name: str) -> Path:
+def prepare_folder(output_dir: str, overwrite: bool, instead: str = "") -> Path:
     """
-    Makes the folder `output_dir`, where it is missing.
+    Makes sure that results can be written, and are not written over others.
+
+    Args:
+        output_dir (`str`): the folder; `~` is the user's.
+        overwrite (`bool`): whether it may have something in it.
+        instead (`str`, *optional*): what else may be set where it has, for the message.
 
     Raises:
-        ValueError: it cannot be written to or read; one sentence.
+        ValueError: it is in use, or cannot be written to; one sentence.
     """
-    folder = Path(name)
+    folder = Path(output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            next(folder.iterdir(), None)  # read too, for whether it is empty
+            pass
+        in_use = any(folder.iterdir())
     except OSError as error:
         raise ValueError(f"`output_dir={folder}` cannot be written to: {error.strerror or error}.") from None
+    if in_use and not overwrite:
+        raise ValueError(f"`output_dir={folder}` is not empty: name another folder, or set `--overwrite`{instead}.")
     return folder

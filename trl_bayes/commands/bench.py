@@ -136,13 +136,13 @@ def pages_of(arguments: "dict[str, SectionArguments]") -> "dict[str, Page]":
         ValueError: an output folder cannot be written to; one sentence.
     """
     from ..benchmarks.page import Page, processor_name
-    from ..command_line.folders import writable_folder
+    from ..command_line.folders import prepare_folder
 
     machine = {"processor": processor_name(), **environment()}
     pages: dict[tuple[str, str], Page] = {}
     for args in arguments.values():
         if (args.output_dir, args.page) not in pages:
-            folder = writable_folder(args.output_dir)
+            folder = prepare_folder(args.output_dir, overwrite=True)
             pages[args.output_dir, args.page] = Page(args.page, folder, machine)
     return {name: pages[args.output_dir, args.page] for name, args in arguments.items()}
 

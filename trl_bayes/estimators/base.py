@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..divergences import Divergence
-from ..groups import Group, finite_exp
+from ..groups import Group, finite_exp, pooled_log_z
 
 
 class Sequences(NamedTuple):
@@ -84,6 +84,20 @@ class Estimator(ABC):
             estimate (`torch.Tensor`): what the partition says, `(P, G)`, from importance weights.
         """
         return estimate
+
+    def log_z_of_value(self, group: Group, chosen: torch.Tensor, of_prompt: torch.Tensor) -> torch.Tensor:
+        """
+        `log Z` with which the divergence itself is measured, `(P, G)`: the prompt's, at least the group's mean weight.
+
+        A divergence of distributions has bounds (Jensen-Shannon's is log 2) that a sum over ratios keeps only if these
+        do not add up to more than one.
+
+        Args:
+            group ([`~trl_bayes.groups.Group`]): the completions.
+            chosen (`torch.Tensor`): from [`~Estimator.choose_log_z`], `(P, G)`.
+            of_prompt (`torch.Tensor`): the partition's best estimate, `(P,)`.
+        """
+        return torch.maximum(of_prompt, pooled_log_z(group.log_weights, group.valid)).unsqueeze(1).expand_as(chosen)
 
     def scaled_coefficient(self, sequences: Sequences) -> torch.Tensor:
         """That of `D_f / f''(1)`: all divergences pull equally hard near the posterior, as KL does."""

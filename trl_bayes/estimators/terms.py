@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..groups import Group
+from ..partitions import LogZ
 from .base import Estimator, Sequences
 
 
@@ -17,6 +18,8 @@ class Terms(NamedTuple):
     """`log q`, in nats."""
     log_z: torch.Tensor
     """`log Z` that the completion is compared with; 0 where it is not usable."""
+    log_z_of_value: torch.Tensor
+    """`log Z` with which the divergence is measured, for the logged loss; 0 where the completion is not usable."""
     baseline: torch.Tensor
     """Of the pseudo-reward."""
     usable: torch.Tensor
@@ -29,29 +32,31 @@ class Terms(NamedTuple):
         return Sequences(log_policy, self.log_target, self.log_proposal, self.log_z, self.baseline)
 
 
-def group_terms(group: Group, log_z: torch.Tensor, estimator: Estimator, cap: float | None = None) -> Terms:
+def group_terms(group: Group, log_z: LogZ, estimator: Estimator, cap: float | None = None) -> Terms:
     """
     The loss's terms of every completion of a group.
 
     Args:
         group ([`~trl_bayes.groups.Group`]): `(P, G)`.
-        log_z (`torch.Tensor`): the partition's `log Z` for each completion, `(P, G)`; `-inf` without evidence.
+        log_z ([`~trl_bayes.partitions.LogZ`]): what the partition says.
         estimator ([`Estimator`]): of the gradient.
         cap (`float`, *optional*): largest magnitude of a factor of `grad log pi`.
 
     Returns:
         [`Terms`]: each `(P, G)`.
     """
-    log_z = estimator.choose_log_z(group, log_z)
-    usable = group.valid & log_z.isfinite()
-    log_z = log_z.masked_fill(~usable, 0.0)
+    chosen = estimator.choose_log_z(group, log_z.of_completion)
+    usable = group.valid & chosen.isfinite()
+    of_value = estimator.log_z_of_value(group, chosen, log_z.of_prompt).masked_fill(~usable, 0.0)
+    chosen = chosen.masked_fill(~usable, 0.0)
     terms = Terms(
         log_target=group.log_target,
         log_proposal=group.log_proposal,
-        log_z=log_z,
-        baseline=estimator.baseline(group, log_z, usable),
+        log_z=chosen,
+        log_z_of_value=of_value,
+        baseline=estimator.baseline(group, chosen, usable),
         usable=usable,
-        advantages=torch.zeros_like(log_z),
+        advantages=torch.zeros_like(chosen),
     )
     factor = capped(estimator.scaled_coefficient(terms.sequences(group.log_policy)), cap)
     return terms._replace(advantages=-factor.masked_fill(~usable, 0.0))
@@ -76,7 +81,7 @@ def sequence_loss(
     sequences = terms.sequences(log_policy.detach())
     exact = estimator.scaled_coefficient(sequences)
     factor = torch.where(terms.usable, capped(exact, cap), 0.0)
-    value = estimator.value(sequences)
+    value = estimator.value(sequences._replace(log_z=terms.log_z_of_value))
     value = torch.where(terms.usable & value.isfinite(), value, 0.0)
     loss = (value + factor * (log_policy - log_policy.detach())).mean()
     return loss, (factor != exact) & terms.usable

@@ -29,6 +29,9 @@ class TrajectoryBalance(Estimator):
     def choose_log_z(self, group: Group, estimate: torch.Tensor) -> torch.Tensor:
         return vargrad_log_z(group.log_policy - group.log_target, group.valid) if self.fits_log_z else estimate
 
+    def log_z_of_value(self, group: Group, chosen: torch.Tensor, of_prompt: torch.Tensor) -> torch.Tensor:
+        return chosen  # the loss itself, which is no divergence but where it is on-policy
+
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
         return -self.coefficient(sequences)
 

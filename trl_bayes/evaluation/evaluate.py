@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.completions import Completions
 from ..language_models.generation import model_stop_ids
-from ..language_models.samples import RewardFunction, sample, score
+from ..language_models.samples import sample, score
 from ..language_models.scoring import log_probs
+from ..rewards.calling import RewardFunction
 from ..statistics.estimate import Estimate, average, join_notes, stratified_mean
 from ..targets.base import weighted_sum
 from .distances import (
@@ -115,7 +116,7 @@ def evaluate(
     completions = drawn.with_known(
         log_policy=log_probs(policy, drawn, settings),
         log_prior=log_probs(prior, drawn, settings),
-        rewards=score(reward_funcs, drawn, **posterior.prior.columns),
+        rewards=score(reward_funcs, drawn, tokenizer, posterior.prior.columns),
     )
     at_posterior = log_probs(policy, posterior.points, settings)
     evaluation = measure(posterior, completions, at_posterior, name=name, diversity=diversity)

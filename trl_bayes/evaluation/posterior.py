@@ -19,7 +19,7 @@ from ..language_models.completions import Completions
 from ..prior.reference import PriorReference
 from ..statistics.estimate import MIN_EFFECTIVE_SAMPLES, join_notes
 from ..statistics.log_z import LogZPerPrompt, check_log_weights, log_z_per_prompt
-from ..targets import Constraint, Context, Target
+from ..targets import Context, Target
 from .distances import PolicySamples, PosteriorSamples
 
 
@@ -126,7 +126,7 @@ def condition(
         target ([`~trl_bayes.targets.Target`]): gives `phi`. One that learns from the prior and has not yet done so is
             fitted to these samples; the standard errors do not include the error of that fit, and the note says so.
         max_log_potential (`float`, *optional*): the largest `phi` that any completion could have, for instance the
-            largest reward over beta. It is 0 for a [`~trl_bayes.targets.Constraint`].
+            largest reward over beta. Defaults to the target's own bound, if it has one.
         reward_weights (`torch.Tensor`, *optional*): the trainer's, (K,).
         prompt_keys (`torch.Tensor`, *optional*): (P,) int64, by which a fitted target knows the prompts. Defaults to
             0, 1, ..., for a target that is fitted here or does not look at the prompt.
@@ -144,8 +144,8 @@ def condition(
         ValueError: no sample was scored, the target reads a reward that is not there, the bound does not hold, or
             rejection is asked for without one.
     """
-    if max_log_potential is None and isinstance(target, Constraint):
-        max_log_potential = 0.0
+    if max_log_potential is None:
+        max_log_potential = target.max_log_potential()
     method = _check_method(method, target, max_log_potential)
     target.bind(prior.reward_names, reward_weights)
     keys = torch.arange(prior.num_prompts) if prompt_keys is None else prompt_keys
@@ -191,6 +191,7 @@ def _with_log_potential(prior: PriorReference, target: Target, keys: Tensor) -> 
     """The samples that have a log-potential, with it, and notes; a target that learns has then been fitted."""
     notes = []
     if not target.is_fitted:
+        target.warn_of_too_few_samples(len(prior.completions) // prior.num_prompts)
         target.fit(prior.scores(keys))
         notes.append("the target was fitted to the same samples of the prior, an error that is not included")
     drawn = prior.completions.with_known(phi=_log_potential(target, prior.completions, keys))

@@ -12,7 +12,7 @@ from .best_of_n import BestOfN, kl_of_best_of_n
 from .importance import Importance
 from .mcmc import MetropolisHastings
 from .quasi_rejection import QuasiRejection, TradeOff, trade_off
-from .rejection import Rejection, largest_log_potential
+from .rejection import Rejection
 from .sampler import Sampler
 from .smc import HasPartialEvidence, SequentialMonteCarlo
 from .source import CompletionSource, SamplingError
@@ -41,6 +41,5 @@ __all__ = [
     "SequentialMonteCarlo",
     "TradeOff",
     "kl_of_best_of_n",
-    "largest_log_potential",
     "trade_off",
 ]

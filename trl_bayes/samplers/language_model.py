@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.completions import Completions, Prompt
 from ..language_models.generation import evaluating, generate, seeded, tokenize_prompt, with_stop_ids
-from ..language_models.samples import RewardFunction, score
+from ..language_models.samples import score
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
+from ..rewards.calling import RewardFunction
 from ..targets import Context, Target
-from .source import CompletionSource, SamplingError, log_weights_of
+from .source import CompletionSource, log_weights_of
 
 
 class LanguageModelSource(CompletionSource):
@@ -100,7 +101,7 @@ class LanguageModelSource(CompletionSource):
 
     def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Completions:
         completions = self._completions(prompt_index, completion_ids, self.decode(completion_ids))
-        rewards = score(self.reward_funcs, completions, **self.columns)
+        rewards = score(self.reward_funcs, completions, self.tokenizer, self.columns)
         log_ratio = torch.zeros(len(completions), dtype=torch.float64)
         log_prior = log_ratio
         if self.proposal is not None or self.target.needs_context:  # else nobody reads it
@@ -108,8 +109,6 @@ class LanguageModelSource(CompletionSource):
         if self.proposal is not None:
             log_ratio = log_prior - self._log_probs(self.proposal, completions)
         phi = self.target(rewards, Context(log_prior, self.prompt_keys[prompt_index])).double()
-        if phi.isposinf().any():
-            raise SamplingError(f"The target {self.target!r} gives infinite log-potential: it must be below +inf.")
         return completions.with_known(rewards=rewards, phi=phi, log_weights=log_weights_of(phi, log_ratio))
 
     def _log_probs(self, model: PreTrainedModel, completions: Completions) -> Tensor:

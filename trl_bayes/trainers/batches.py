@@ -3,7 +3,12 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets.fingerprint import Hasher
+
+from ..groups import Group
+from ..prior import Context
+from ..targets import Target
 
 
 _MODEL_INPUTS = (
@@ -53,6 +58,39 @@ def sequence_log_probs(output: dict[str, Any], policy: torch.Tensor) -> torch.Te
     prior = torch.zeros_like(policy) if prior is None else prior
     mask = own_tokens(output).unsqueeze(2)
     return (torch.stack([policy, proposal, prior], dim=2).float() * mask).sum(dim=1)
+
+
+def gather_group(
+    local: torch.Tensor,
+    output: dict[str, Any],
+    generated: torch.Tensor,
+    group_size: int,
+    target: Target,
+    accelerator: Accelerator,
+) -> Group:
+    """
+    The completions of all processes, each with its log-potential, in the order of their generation.
+
+    Args:
+        local (`torch.Tensor`): from [`sequence_log_probs`], `(B, 3)`.
+        output (`dict`): a generated batch, with `rewards` `(B, K)` and, if anyone has to know them, `prompt_key`.
+        generated (`torch.Tensor`): which of its rows was generated first, second, ..., `(B,)`.
+        group_size (`int`): completions of each prompt.
+        target ([`~trl_bayes.targets.Target`]): bound, and fitted if it learns.
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+    """
+    log_policy, log_proposal, log_prior = accelerator.gather(local[generated]).unbind(dim=1)  # (B_global,)
+    rewards = accelerator.gather(output["rewards"][generated])  # (B_global, K)
+    keys = accelerator.gather(output["prompt_key"][generated]) if "prompt_key" in output else None
+    phi = target(rewards, None if keys is None else Context(log_prior, keys))
+    shape = (-1, group_size)
+    return Group(
+        log_policy.view(shape),
+        log_proposal.view(shape),
+        log_prior.view(shape),
+        phi.view(shape),
+        None if keys is None else keys.view(shape)[:, 0],
+    )
 
 
 def row_hash(row: dict[str, Any]) -> int:

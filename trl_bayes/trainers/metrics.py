@@ -10,12 +10,11 @@ from accelerate import Accelerator
 from ..estimators import Estimator, Terms, divergence_estimates
 from ..groups import NEG_INF, Group, effective_sample_size, finite_exp, pooled_log_z
 from ..partitions import LogZ
+from ..targets import Target
 from .batches import own_tokens
 
 
-def group_metrics(
-    group: Group, terms: Terms, log_z: LogZ, estimator: Estimator, max_log_potential: float | None = None
-) -> dict[str, float]:
+def group_metrics(group: Group, terms: Terms, log_z: LogZ, estimator: Estimator, target: Target) -> dict[str, float]:
     """
     Means over prompts; a prompt for which a quantity is unknown is left out, and so is a metric unknown for all.
 
@@ -24,7 +23,7 @@ def group_metrics(
         terms ([`~trl_bayes.estimators.Terms`]): of the loss, `(P, G)`.
         log_z ([`~trl_bayes.partitions.LogZ`]): what the partition says.
         estimator ([`~trl_bayes.estimators.Estimator`]): of the gradient.
-        max_log_potential (`float`, *optional*): the target's upper bound of phi, in nats.
+        target ([`~trl_bayes.targets.Target`]): that the policy is trained towards.
 
     Returns:
         `dict[str, float]`: names as the trackers show them.
@@ -36,9 +35,10 @@ def group_metrics(
         "posterior/pseudo_reward_std": (pseudo_reward - pseudo_reward.mean()).square().mean().sqrt(),
     }
     if estimator.has_posterior:
-        metrics |= _distances(group, log_z, max_log_potential)
+        metrics |= _distances(group, log_z, target.max_log_potential())
     values = torch.stack([value.double() for value in metrics.values()])
-    return {name: value for name, value in zip(metrics, values.tolist(), strict=True) if not math.isnan(value)}
+    known = {name: value for name, value in zip(metrics, values.tolist(), strict=True) if not math.isnan(value)}
+    return known | {f"posterior/target/{name}": value for name, value in target.diagnostics().items()}
 
 
 def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> dict[str, torch.Tensor]:
@@ -54,9 +54,11 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
     is_known = (group.tells_z | log_z.is_informed | at_bound.to(weights.device)) & log_z.of_prompt.isfinite()
     known = log_z.of_prompt.masked_fill(~is_known, torch.nan)  # (P,)
     fit = divergence_estimates(group.log_policy, group.log_prior, group.log_target, group.log_proposal, known, valid)
+    # A group that is on its own has missed nothing that it knows of
+    from_elsewhere = torch.where(log_z.is_informed, known, NEG_INF).nan_to_num(nan=NEG_INF)
     sees_posterior = (pooled_log_z(weights, valid) - known).abs() <= math.log(2)
     no_evidence = (weights.masked_fill(~valid, NEG_INF) == NEG_INF).all(dim=1)
-    ess = effective_sample_size(weights, valid, known.nan_to_num(nan=NEG_INF))
+    ess = effective_sample_size(weights, valid, from_elsewhere)
     return {
         "posterior/log_z": known.nanmean(),
         "posterior/ess": ess.masked_fill(~is_known, torch.nan).nanmean(),

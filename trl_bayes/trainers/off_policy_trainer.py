@@ -101,7 +101,8 @@ class OffPolicyTrainer(PosteriorTrainer):
     def _refresh_log_z(self, batch: dict[str, Any], start: int) -> None:
         """The `log Z` of replayed prompts may be known better by now than when they were sampled."""
         if "prompt_key" in batch and (latest := self.partition.latest(batch["prompt_key"][start:])) is not None:
-            batch["log_z"] = torch.cat([batch["log_z"][:start], latest])
+            for name in ("log_z", "log_z_of_value"):
+                batch[name] = torch.cat([batch[name][:start], latest])
 
     def posterior_state(self) -> dict[str, Any]:
         state = super().posterior_state()

@@ -22,19 +22,12 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from ..estimators import Estimator, Terms, group_terms, sequence_loss
-from ..groups import Group
 from ..partitions import make_partition
-from ..prior import Context, Draw
+from ..prior import Draw
 from ..targets import Target, build_target
-from .batches import own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
+from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
 from .checkpoints import check_same_run, read_state, run_identity, save_state
-from .learning_from_prior import (
-    as_draw,
-    collect_prior_samples,
-    fit,
-    prior_sample_settings,
-    unrecorded,
-)
+from .learning_from_prior import as_draw, collect_prior_samples, fit, prior_sample_settings, unrecorded
 from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
 from .model_card import add_section
@@ -42,12 +35,13 @@ from .posterior_config import PosteriorConfig
 from .prior import make_exact, prior_of_its_own
 from .refusals import (
     check_arguments,
-    check_log_potential,
     refuse_inexact_model_defaults,
     refuse_infinite_divergence,
+    refuse_infinite_potential,
     refuse_unsampled_prior,
+    warn_of_settings,
 )
-from .warnings_of_users import warn, warnings_at_the_users_line
+from .warnings_of_users import warnings_at_the_users_line
 from .zero3 import announce_lm_head
 
 
@@ -92,6 +86,7 @@ class PosteriorTrainer(GRPOTrainer):
     _name = "Posterior"
 
     config_class: ClassVar[type[PosteriorConfig]] = PosteriorConfig
+    makes_target: ClassVar[bool] = False  # from its configuration, so that it takes no other
     args: PosteriorConfig
     model: PreTrainedModel
     num_generations: int
@@ -118,11 +113,9 @@ class PosteriorTrainer(GRPOTrainer):
     ):
         args = check_arguments(type(self), args, model, target)
         self.estimator = self.make_estimator(args)
-        self.target = build_target(args.target if target is None else target, args.beta or 1.0)
+        self.target = build_target(args.target if target is None else target, args.beta)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
-        if ineffective := args.ineffective_settings():
-            warn(ineffective)
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,
@@ -143,8 +136,7 @@ class PosteriorTrainer(GRPOTrainer):
         make_exact(self.model, self.ref_model, self.accelerator, without_noise=args.disable_dropout)
         if not self.use_vllm:  # which is given TRL's settings only
             refuse_inexact_model_defaults(self.model.generation_config, self.generation_kwargs, args)
-        if args.inexact:
-            warn(" ".join(inexact.fixed_point for inexact in args.inexact))
+        warn_of_settings(args)
         self.target.bind(self.reward_func_names, self.reward_weights)
         refuse_unsampled_prior(self.target, self.partition, args, self._datasets(), bool(self.environment_factories))
         self._is_checked = not args.check_log_probs
@@ -262,30 +254,17 @@ class PosteriorTrainer(GRPOTrainer):
             self._is_checked = True
         local = sequence_log_probs(output, policy)  # (B, 3)
         row = output.get("row", torch.arange(local.size(0), device=local.device))
-        group = self._gather_group(local, output, row.argsort())
+        group = gather_group(local, output, row.argsort(), self._group_size, self.target, self.accelerator)
+        refuse_infinite_potential(group.phi, self.target, self.estimator.divergence)
         log_z = self.partition.log_z(group)
-        terms = group_terms(group, log_z.of_completion, self.estimator, self.args.pseudo_reward_cap)
-        self._log(group_metrics(group, terms, log_z, self.estimator) | token_kl(policy, output, self.accelerator))
-        self._log({f"posterior/target/{name}": value for name, value in self.target.diagnostics().items()})
+        terms = group_terms(group, log_z, self.estimator, self.args.pseudo_reward_cap)
+        self._log(group_metrics(group, terms, log_z, self.estimator, self.target))
+        self._log(token_kl(policy, output, self.accelerator))
         show_advantages(cast("deque[float]", self._logs["advantages"]), terms.advantages)
         if self.model.training:
             self.partition.update(group)
         mine = row + self.accelerator.process_index * local.size(0)
         return {name: term.reshape(-1)[mine] for name, term in terms._asdict().items()}
-
-    def _gather_group(self, local: torch.Tensor, output: dict[str, Any], generated: torch.Tensor) -> Group:
-        """The completions of all processes, each with its log-potential, in the order of their generation."""
-        shape = (-1, self._group_size)
-        log_policy, log_proposal, log_prior = self.accelerator.gather(local[generated]).unbind(dim=1)
-        rewards = self.accelerator.gather(output["rewards"][generated])  # (B_global, K)
-        keys = None  # (B_global,)
-        if "prompt_key" in output:
-            keys = self.accelerator.gather(output["prompt_key"][generated])
-        phi = self.target(rewards, None if keys is None else Context(log_prior, keys))
-        check_log_potential(phi, self.target, self.estimator.divergence, num_completions=len(rewards))
-        log_policy, log_proposal, log_prior, phi = (v.view(shape) for v in (log_policy, log_proposal, log_prior, phi))
-        prompts = None if keys is None else keys.view(shape)[:, 0]
-        return Group(log_policy, log_proposal, log_prior, phi, prompts)
 
     def _policy_scores(self, output: dict[str, Any]) -> torch.Tensor:
         """The policy's per-token log-probabilities of freshly generated completions, `(B, T)`."""
@@ -294,11 +273,9 @@ class PosteriorTrainer(GRPOTrainer):
 
     def _score(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """TRL's scoring of a batch by a model, `(B, T)`, without gradient."""
-        args = self.args
+        args = cast(Any, self.args)
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        # Unchanged: transformers supplies its defaults for None, not for an empty mapping
-        checkpointing = cast("dict[str, Any] | None", args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
             return self._get_per_token_logps_and_entropies(model, **scorer_inputs(batch), batch_size=batch_size)[0]
 
     # ---------------------------------------------------------------------------------------------------------------

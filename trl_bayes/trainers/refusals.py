@@ -13,6 +13,7 @@ from ..partitions import Partition
 from ..targets import Target
 from .exactness import Inexact, distribution_altering_settings
 from .posterior_config import PosteriorConfig
+from .warnings_of_users import warn
 
 
 def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any, target: Any) -> PosteriorConfig:
@@ -37,6 +38,10 @@ def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any
         raise TypeError(
             f"`{trainer_class.__name__}` takes a `{config_class.__name__}` as `args`, got `{type(args).__name__}`: "
             "change the class name, the fields are the same."
+        )
+    if target is not None and trainer_class.makes_target:
+        raise ValueError(
+            f"{trainer_class.__name__} makes its target from its configuration: use KLRLTrainer for another."
         )
     if target is not None and args.target is not None:
         raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
@@ -88,6 +93,14 @@ def refuse_inexact_model_defaults(
         args.inexact.append(inexact)
 
 
+def warn_of_settings(args: PosteriorConfig) -> None:
+    """Warns once of settings that do nothing here, and once of those that move the fixed point."""
+    if ineffective := args.ineffective_settings():
+        warn(ineffective)
+    if args.inexact:
+        warn(" ".join(inexact.fixed_point for inexact in args.inexact))
+
+
 def refuse_unsampled_prior(
     target: Target, partition: Partition, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool
 ) -> None:
@@ -105,6 +118,7 @@ def refuse_unsampled_prior(
     """
     if not (target.needs_prior_samples or partition.needs_prior_samples):
         return
+    target.warn_of_too_few_samples(args.num_prior_samples)
     needs = f"The target {target!r}" if target.needs_prior_samples else f"`partition={partition.name!r}`"
     if args.beta == 0:
         raise ValueError(
@@ -128,23 +142,13 @@ def refuse_unsampled_prior(
         )
 
 
-def check_log_potential(phi: Any, target: Target, divergence: Divergence, num_completions: int) -> None:
+def refuse_infinite_potential(phi: torch.Tensor, target: Target, divergence: Divergence) -> None:
     """
-    Refuses what a target must not return, or not with this divergence.
+    Refuses a target that is harder than it says, with a divergence that is infinite there.
 
     Raises:
         ValueError: one sentence.
     """
-    if not isinstance(phi, torch.Tensor) or phi.shape != (num_completions,):
-        got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
-        raise ValueError(
-            f"The target {target!r} returned {got} as log-potential: return one value per completion, a tensor of "
-            f"shape {(num_completions,)}."
-        )
-    if (phi == torch.inf).any():
-        raise ValueError(
-            f"The target {target!r} returned +inf as log-potential, which no posterior can have: bound it."
-        )
     if (phi == -torch.inf).any() and not divergence.allows_hard_constraints:
         raise ValueError(
             f"The target {target!r} returned -inf as log-potential, where {divergence.name} is infinite: choose a "

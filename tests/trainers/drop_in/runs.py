@@ -27,12 +27,15 @@ METRICS = [  # of the update
     "entropy",
     "step_time",
 ]
-GENERATION_METRICS = [  # logged, like TRL's, at the steps that generate
+OF_Z = [  # absent where no group of the batch can tell Z, as when all completions have the same reward
     "posterior/log_z",
     "posterior/ess",
-    "posterior/kl_prior",
     "posterior/reverse_kl",
     "posterior/forward_kl",
+]
+GENERATION_METRICS = [  # logged, like TRL's, at the steps that generate
+    "kl",
+    "posterior/kl_prior",
     "posterior/frac_no_evidence",
     "posterior/frac_unscored",
     "posterior/frac_infinite_reward",
@@ -107,7 +110,7 @@ def learn(trainer: GRPOTrainer, without: tuple[str, ...] = (), **train_arguments
     for step, log in enumerate(logs):
         has_generated = step * trainer.args.gradient_accumulation_steps % steps_per_generation == 0
         names = {"loss", "grad_norm", *METRICS, *(GENERATION_METRICS if has_generated else [])} - set(without)
-        assert_finite(log, names)
+        assert_finite(log, names | (log.keys() & set(OF_Z)))
         assert log["grad_norm"] > 0
         assert log["posterior/capped_frac"] == 0 or trainer.args.pseudo_reward_cap is not None
         assert not log.keys() & set(without)

@@ -23,7 +23,7 @@ def test_three_arguments_are_enough(
     row = TRAINERS[kind]
     trainer = row.trainer(model=tiny_models.policy, reward_funcs=tiny_models.reward, train_dataset=plain())
     assert type(trainer.args) is row.config
-    assert trainer.args.output_dir == f"policy-{row.trainer._name}"
+    assert trainer.args.output_dir == f"policy-{row.trainer._name.replace(' ', '-')}"
     assert trainer.reward_func_names == ["reward"]
     assert trainer.ref_model is not None
 

@@ -3,12 +3,14 @@
 import math
 
 import pytest
+import torch
 from datasets import DatasetDict
 
 from tests.helpers.training import assert_same_weights
 from tests.trainers.drop_in.runs import (
     GENERATION_METRICS,
     METRICS,
+    OF_Z,
     SCORED,
     G,
     Make,
@@ -40,10 +42,16 @@ def test_evaluation_while_training(num_generations_eval: int | None, kind: str, 
     names = {f"eval_{name}" for name in [*METRICS, *GENERATION_METRICS, "loss"]} - {"eval_step_time"}
     for log in evaluations:
         assert_finite(log, names)
+        # A completion alone cannot tell Z, and no other group of its prompt is kept
+        assert {name for name in OF_Z if f"eval_{name}" in log} == (set() if num_generations_eval == 1 else set(OF_Z))
     if num_generations_eval is not None:  # groups are of this size: Z is that of the one sibling, or one's own
         batch = recorded[0].batch
         weights = (batch["log_target"] - batch["log_proposal"]).view(-1, num_generations_eval)
-        close(batch["log_z"], weights.flip(1).flatten())
+        half = weights.logsumexp(dim=1, keepdim=True) - math.log(2 * num_generations_eval)
+        close(
+            batch["log_z"],
+            torch.maximum(weights.flip(1), half).flatten() if num_generations_eval > 1 else weights[:, 0],
+        )
 
 
 def test_evaluation_does_not_change_training(make: Make) -> None:

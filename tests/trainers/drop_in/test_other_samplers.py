@@ -58,7 +58,8 @@ def test_rollout_function(with_log_probs: bool, kind: str, make: Make, monkeypat
     def grade_reward(completions: list, grade: list[float], **kwargs: Any) -> list[float]:
         return grade
 
-    config = {"partition": "running", "max_steps": 4}
+    # It reports what it likes
+    config = {"partition": "running", "max_steps": 4, "check_log_probs": not with_log_probs}
     trainer = make(kind, config, rollout_func=rollout, reward_funcs=grade_reward)
     recorded = record(trainer)
     learn(trainer)

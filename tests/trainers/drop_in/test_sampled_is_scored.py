@@ -102,13 +102,13 @@ def test_reuse_of_completions_corrects_for_the_policy_that_moved(kind: str, make
     # Each completion is weighted by pi/q: at the second pass over a batch the policy is another one
     trainer = make(kind, {"num_iterations": 2, "max_steps": 2})
     seen: list[tuple[Any, torch.Tensor]] = []
-    coefficient = trainer.coefficient
+    coefficient = trainer.estimator.coefficient
 
     def coefficient_and_record(sequences: Any) -> torch.Tensor:
         seen.append((sequences, coefficient(sequences)))
         return seen[-1][1]
 
-    trainer.coefficient = coefficient_and_record
+    trainer.estimator.coefficient = coefficient_and_record
     learn(trainer)
     seen = seen[1:]  # the first is of whole groups, when they are generated
     ratios = [(sequences.log_policy - sequences.log_proposal).exp() for sequences, _ in seen]
