@@ -67,7 +67,8 @@ def test_a_training_starts_at_the_prior_and_is_measured_at_its_end(name: str) ->
     start, end = (point.value for point in run.curve)
     log_z = prior_evaluation(posterior).metrics["log_z"].value
     assert start.value == pytest.approx(-log_z, abs=1e-5)  # KL(p||prior) of a constraint
-    assert run.final.metrics["forward_kl"].value == end.value != start.value
+    final = run.final.metrics["forward_kl"]  # with the policy's own samples as a control variate
+    assert abs(final.value - end.value) < 3 * final.standard_error and end.value != start.value
     assert run.final.num_samples == 50 and run.final.metrics["reward"].value <= 1
     json.dumps(to_record(run), allow_nan=False)
 

@@ -151,7 +151,11 @@ def test_several_policies_a_constraint_and_pass_at_k(recipe: dict[str, Any], mod
     assert [row.name for row in report.rows] == ["posterior", "prior", "trained", "again", "lora"]
     assert report.hard and report.reward_is_share
     same, lora = metrics(report, "again"), metrics(report, "lora")
-    assert abs(same["forward_kl"].value + same["log_z"].value) < 1e-6  # the prior's is -log Z
+    prior = metrics(report, "prior")
+    assert abs(prior["forward_kl"].value + prior["log_z"].value) < 1e-6  # the prior's is -log Z
+    # The samples of its copy know the evidence's probability, too
+    assert abs(same["forward_kl"].value + same["log_z"].value) < 2 * same["log_z"].standard_error
+    assert same["forward_kl"].standard_error < same["log_z"].standard_error
     assert same["kl_prior"].value == 0 and lora["kl_prior"].value > 0.001  # the adapter is on
     assert same["reverse_kl"].value == math.inf and same["mass_outside"].value > 0
     assert same["pass_at_1"].value == pytest.approx(same["reward"].value)
