@@ -179,7 +179,7 @@ class FromPriorSamples(Partition):
 
     def log_z(self, group: Group) -> LogZ:
         assert self.table is not None  # the trainer calls `learn` first
-        return _fixed(self.table.lookup(_keys(group)), group)
+        return fixed_log_z(self.table.lookup(_keys(group)), group)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.table is None else dict(self.table.state_dict())
@@ -215,7 +215,7 @@ class Known(Partition):
     def log_z(self, group: Group) -> LogZ:
         log_z = self.target.log_z(_keys(group))
         assert log_z is not None  # `check` refuses a target that does not know it
-        return _fixed(log_z, group)
+        return fixed_log_z(log_z, group)
 
 
 def make_partition(name: str, target: Target) -> Partition:
@@ -242,8 +242,8 @@ def _keys(group: Group) -> torch.Tensor:
     return group.prompt_keys
 
 
-def _fixed(log_z: torch.Tensor, group: Group) -> LogZ:
-    """One `log Z` for a whole group, from `(P,)`."""
+def fixed_log_z(log_z: torch.Tensor, group: Group) -> LogZ:
+    """One `log Z` for each prompt of a group, `(P,)`, that the group has no part in."""
     log_z = log_z.to(group.log_policy)
     return LogZ(log_z.unsqueeze(1).expand_as(group.phi), log_z, torch.ones_like(log_z, dtype=torch.bool))
 

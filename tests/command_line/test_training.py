@@ -363,7 +363,7 @@ def test_an_output_folder_without_write_permission(refused: Refused, monkeypatch
     def denied(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("trl_bayes.command_line.training.tempfile.TemporaryFile", denied)
+    monkeypatch.setattr("trl_bayes.command_line.folders.tempfile.TemporaryFile", denied)
     assert refused({}) == "`output_dir=out` cannot be written to: Permission denied."
 
 

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_bayes import cli
 from trl_bayes.benchmarks.tiny import build_tiny_model, letter_count_task
-from trl_bayes.commands.sample import SampleArguments
+from trl_bayes.command_line.sampling import SampleArguments
 
 
 TASK = letter_count_task()
@@ -273,10 +273,10 @@ def test_every_option_of_a_method_is_an_argument() -> None:
         ({"dataset_train_split": "test"}, "no split 'test'"),
         ({"dataset_streaming": True}, "set `max_prompts`"),
         ({"reward_funcs": ["nope"]}, "There is no reward 'nope'"),
-        ({"reward_funcs": ["some/model"]}, "names the reward model 'some/model'"),
+        ({"reward_funcs": ["some/model"]}, "`reward_funcs`: the model 'some/model' cannot be loaded"),
         ({"reward_funcs": ...}, "give at least one reward function"),
         ({"reward_weights": [1, 2]}, "2 reward weights for 1 reward functions"),
-        ({"temperature": 0}, "`temperature` must be positive"),
+        ({"temperature": 0}, "`temperature=0.0` does not sample"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"device": "tpu9"}, "`device=tpu9` cannot be used"),
         (

@@ -381,13 +381,41 @@ def test_with_models(tmp_path: Any) -> None:
         estimate = evaluation.metrics[name]
         assert estimate.trusted, (name, estimate)
         assert abs(estimate.value - getattr(exact, name)) < 3.9 * estimate.standard_error, (name, estimate)
-    assert evaluation.num_samples == len(samples) == 4000
+    assert evaluation.num_samples == len(samples) == 4000 and "stop" not in evaluation.note
     rows = [evaluation, evaluate_posterior(posterior), evaluate_prior(posterior)]
     exact_per_prompt = torch.bincount(posterior.exact.prompt_index)
     assert {row.num_diversity_samples for row in rows} == {int(exact_per_prompt.clamp(max=1000).sum())}
     assert 0 < evaluation.metrics["distinct_2"].value < 1
     with pytest.raises(ValueError, match="There are 2 reward functions"):
         evaluate(policy, prior, tokenizer, funcs * 2, posterior, num_per_prompt=1)
+
+
+@pytest.mark.parametrize("stops", [{"prior": "c"}, {"policy": "c"}, {"prior": "b", "policy": "c"}])
+def test_a_policy_stops_where_the_prior_does(stops: dict[str, str], tmp_path: Any) -> None:
+    """The prior's generation config has two stop tokens, the policy (same weights) lacks the file; and siblings.
+
+    Sampled with its own stop tokens, the policy's completions were no outcomes of the prior: KL(pi||p) was negative.
+    """
+    task = balance_task()
+    folder = task.build_model(tmp_path / "prior")
+    models = {name: AutoModelForCausalLM.from_pretrained(folder) for name in ("prior", "policy")}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    eos = tokenizer.eos_token_id
+    for name, model in models.items():
+        letter = stops.get(name)
+        model.generation_config.eos_token_id = eos if letter is None else [eos, tokenizer.get_vocab()[letter]]
+    settings = SamplingSettings(6, batch_size=1000)
+    drawn = draw_prior(models["prior"], tokenizer, task.prompts, [task.reward_func], 500, settings)
+    posterior = condition(drawn, Tilt(beta=1e9))  # the prior itself
+    ends = {eos} if "prior" not in stops else {eos, tokenizer.get_vocab()[stops["prior"]]}
+    evaluation, samples = evaluate(
+        models["policy"], models["prior"], tokenizer, [task.reward_func], posterior, num_per_prompt=500
+    )
+    for ids, ended in zip(samples.completion_ids, samples.ended.tolist(), strict=True):
+        assert ended == (ids[-1] in ends) and not {*ids[:-1]} & ends
+    for name in ("reverse_kl", "forward_kl", "kl_prior"):
+        assert evaluation.metrics[name].value == pytest.approx(0, abs=1e-5), name
+    assert "it would stop at other tokens" in evaluation.note
 
 
 def test_several_rewards() -> None:

@@ -16,6 +16,7 @@ from tests.helpers import textbook
 from trl_bayes.divergences import Divergence, get_divergence
 from trl_bayes.estimators import Estimator, group_terms
 from trl_bayes.groups import Group
+from trl_bayes.partitions import fixed_log_z
 
 
 INF = math.inf
@@ -138,6 +139,6 @@ def expected_gradient(estimator: Estimator, target: Space, log_q: Tensor, group_
     y = groups.outcomes
     prior = LOG_PRIOR[y]
     group = Group(LOG_POLICY[y], log_q[y], prior, phi=target.log_target[y] - prior)
-    terms = group_terms(group, target.log_z.expand(y.shape), estimator)
+    terms = group_terms(group, fixed_log_z(target.log_z.expand(len(y)), group), estimator)
     coefficient = estimator.coefficient(terms.sequences(group.log_policy))
     return groups.expectation(group_gradient(coefficient, y))

@@ -135,7 +135,7 @@ def test_log_probs_are_exact(
 def test_log_probs_of_no_samples(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     nothing = draw(model, tokenizer, 1).select(torch.tensor([], dtype=torch.int64))
     assert log_probs(model, nothing, SamplingSettings(1)).shape == (0,)
-    assert score([lambda completions, **kwargs: []], nothing).shape == (0, 1)
+    assert score([lambda completions, **kwargs: []], nothing, tokenizer).shape == (0, 1)
 
 
 def test_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -150,7 +150,7 @@ def test_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         await asyncio.sleep(0)
         return [None, math.inf, math.nan, *(float(len(text)) for text in completions[3:])]
 
-    rewards = score([with_column, later], samples, bonus=[0, 1, 2, 3])
+    rewards = score([with_column, later], samples, tokenizer, {"bonus": [0, 1, 2, 3]})
     assert calls == [([TASK.prompts[i // 3] for i in range(12)], samples.texts, samples.completion_ids)]
     assert rewards[:, 0].tolist() == [i // 3 for i in range(12)]
     assert rewards[:3, 1].isnan().all()
@@ -159,10 +159,10 @@ def test_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_bad_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     samples = draw(model, tokenizer, 1)
-    with pytest.raises(ValueError, match="<lambda> returned 2 rewards for 4 samples"):
-        score([lambda **kwargs: [1.0, 2.0]], samples)
+    with pytest.raises(ValueError, match="'<lambda>' returned 2 rewards for 4 completions"):
+        score([lambda **kwargs: [1.0, 2.0]], samples, tokenizer)
     with pytest.raises(ValueError, match="The column 'bonus' has 1 entries for 4 prompts"):
-        score([], samples, bonus=[1])
+        score([], samples, tokenizer, {"bonus": [1]})
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_messages(tiny_models: Any, chat_tokenizer: PreTrainedTokenizerBase) -> 
     prompts = [[{"role": "user", "content": "Hello?"}], "plain text"]
     samples = sample(model, chat_tokenizer, prompts, 2, SamplingSettings(5))
     seen = []
-    score([lambda completions, **kwargs: seen.append(completions) or [0.0] * 4], samples)
+    score([lambda completions, **kwargs: seen.append(completions) or [0.0] * 4], samples, chat_tokenizer)
     assert seen[0][0] == [{"role": "assistant", "content": samples.texts[0]}]
     assert seen[0][2] == samples.texts[2]
     assert "assistant" in chat_tokenizer.decode(samples.prompt_ids[0])

@@ -21,7 +21,7 @@ from tests.helpers.llama import llama_config
 from trl_bayes import cli
 from trl_bayes.command_line.launch import accelerate_config_file
 from trl_bayes.command_line.parser import read_recipe
-from trl_bayes.command_line.training import make_arguments, make_parser, read_command_line
+from trl_bayes.command_line.recipe import make_arguments, read_command_line, training_parser
 from trl_bayes.rewards import build_rewards
 from trl_bayes.targets import build_target
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
@@ -158,7 +158,7 @@ def test_the_parser_and_the_config_take_it_as_it_stands(
     """With real batch sizes and groups: one process does what 8 would, and the machine's own fields are harmless."""
     monkeypatch.chdir(ROOT)
     config = read_recipe(launch.recipe)
-    parser = make_parser(launch.command, trainer_of(launch.command))
+    parser = training_parser(launch.command, trainer_of(launch.command))
     here = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
     if is_for_8_gpus(launch.recipe):
         here += ["--per_device_train_batch_size", str(8 * config["per_device_train_batch_size"])]

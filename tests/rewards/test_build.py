@@ -114,7 +114,10 @@ def test_one_reward_need_not_be_in_a_list() -> None:
         ("max_length", r"\{name: max_length, characters: \.\.\.\}"),
         ({"name": "max_length", "character": 3}, "'characters'"),
         ({"name": "max_length", "characters": -1}, r"cannot be made from \{'characters': -1\}"),
-        ({"name": "max_length", "characters": "x"}, "cannot be made from"),
+        (
+            {"name": "max_length", "characters": "x"},
+            "`characters` of the reward 'max_length' must be a number",
+        ),
         ({"name": "parses", "strict": True}, r"leave out \['strict'\]"),
         ({"name": "some/model", "scale": 2}, r"reward model, which takes no arguments: leave out \['scale'\]"),
         ({"characters": 3}, "a mapping with `name`"),

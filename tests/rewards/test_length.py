@@ -42,7 +42,7 @@ def test_both_ends_of_the_interval_count() -> None:
         ({"name": "length_between", "minimum": 3, "maximum": 2}, "not below it, but got 3 and 2"),
         ({"name": "length_between", "minimum": -1}, "must be 0 or more"),
         ({"name": "length_between", "maximum": math.nan}, "not below it"),
-        ({"name": "length_between", "maximum": "9"}, "not below it"),
+        ({"name": "length_between", "maximum": "nine"}, "`maximum` of the reward 'length_between' must be a number"),
     ],
 )
 def test_refusals(spec: dict[str, Any], message: str) -> None:

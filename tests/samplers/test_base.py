@@ -235,6 +235,19 @@ def test_a_chat(tiny_models: Any, chat_tokenizer: Any) -> None:
 # Bad input
 
 
+def test_a_proposal_stops_where_the_prior_does(folders: dict[str, str], tokenizer: Any) -> None:
+    """Whatever its own generation config says; otherwise its draws were no outcomes of the prior."""
+    models = {name: AutoModelForCausalLM.from_pretrained(folders[name]) for name in ("prior", "policy")}
+    letter = tokenizer.get_vocab()["b"]
+    models["prior"].generation_config.eos_token_id = [tokenizer.eos_token_id, letter]
+    sampler = make(models, tokenizer, TILT, Importance(), proposal=models["policy"])
+    draws = sampler.sample(TASK.prompts, 200)
+    ends = {tokenizer.eos_token_id, letter}
+    for ids, ended in zip(draws.completion_ids, draws.ended.tolist(), strict=True):
+        assert ended == (ids[-1] in ends) and not {*ids[:-1]} & ends
+    assert {ids[-1] for ids in draws.completion_ids} > {letter}
+
+
 def test_names_of_methods() -> None:
     assert list(METHODS) == ["prior", "best_of_n", "rejection", "quasi_rejection", "mcmc", "smc"]
 

@@ -212,10 +212,13 @@ def test_not_a_specification(spec: Any) -> None:
         ("tild", "] or the dotted path of a Target class. Did you mean 'tilt'?"),
         ("xyz", "] or the dotted path of a Target class."),
         ({"name": "constrant"}, "Did you mean 'constraint'?"),
-        ("no_such_package.Mine", "The target 'no_such_package.Mine' cannot be imported: No module named"),
+        (
+            "no_such_package.Mine",
+            "The target 'no_such_package.Mine' cannot be imported (ModuleNotFoundError: No module",
+        ),
         (
             "trl_bayes.targets.NoSuch",
-            "The target 'trl_bayes.targets.NoSuch' cannot be imported: module 'trl_bayes.targets' has no attribute",
+            "The target 'trl_bayes.targets.NoSuch' cannot be imported (AttributeError: module 'trl_bayes.targets' has",
         ),
         ("math.pi", "The target 'math.pi' is not a concrete subclass of `trl_bayes.targets.Target`."),
         ("pathlib.Path", "The target 'pathlib.Path' is not a concrete subclass of `trl_bayes.targets.Target`."),

@@ -2,14 +2,18 @@
 
 import argparse
 import os
+import re
+import sys
 import types
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
+
+from .unknown_keys import nearest
 
 
 class RecipeParser(TrlParser):
@@ -63,10 +67,18 @@ class RecipeParser(TrlParser):
         variables = config.get("env", {})
         if not isinstance(variables, Mapping):
             raise ValueError(f"`env` in {source} must be a mapping of environment variables, but is {variables!r}.")
-        fields = self.fields
-        values = {name: self._checked(name, config[name], source) for name in fields if name in config}
+        values = self.values(config, source)
         os.environ.update({str(name): str(value) for name, value in variables.items()})
         self.set_defaults_with_config(**values)
+
+    def values(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """
+        The values that a recipe gives to fields, each in the type of its field.
+
+        Raises:
+            ValueError: a value of the wrong type; one sentence.
+        """
+        return {name: self._checked(name, config[name], source) for name in self.fields if name in config}
 
     def _checked(self, name: str, value: Any, source: str) -> Any:
         """A value of a recipe in the type of its field."""
@@ -97,8 +109,9 @@ class RecipeParser(TrlParser):
         """A single value, by the same function as on the command line."""
         action = self.fields[name]
         convert = action.type if callable(action.type) else str
+        text = str(int(value)) if convert is int and isinstance(value, float) and value.is_integer() else str(value)
         try:
-            converted = convert(str(value))
+            converted = convert(text)
         except (ValueError, TypeError, argparse.ArgumentTypeError):
             raise ValueError(f"`{name}` in {source} must be {_expected(action)}, but is {value!r}.") from None
         if action.choices is not None and converted not in action.choices:
@@ -107,9 +120,8 @@ class RecipeParser(TrlParser):
         return converted
 
     def error(self, message: str) -> NoReturn:
-        """One sentence on stderr and exit code 2; of several processes only the first of each machine speaks."""
-        text = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {text}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        """One sentence on stderr and exit code 2."""
+        refuse(self.prog, message)
 
     def format_help(self) -> str:
         """The help, with the fields under the class that defines them; the most specific classes first."""
@@ -145,20 +157,72 @@ def read_recipe(path: str) -> dict[str, Any]:
         ValueError: no such file, not YAML, or not a mapping; one sentence.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except OSError as error:
         raise ValueError(f"The recipe {path!r} cannot be read: {error.strerror or error}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {path!r} is not YAML: {error}.") from None
     if not isinstance(config, dict):
         raise ValueError(f"The recipe {path!r} must be a mapping of fields to values, as in `beta: 0.1`.")
-    return {str(key): value for key, value in config.items()}
+    return {str(key): value if isinstance(value, Exponent) else _plain(value) for key, value in config.items()}
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A question with the known word that is nearest, to be put at the end of a message; empty if none is near."""
-    close = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+class Exponent(float):
+    """A number as in `1e-3`, which a field that is a text, such as a revision, takes as it is written."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers: in YAML 1.1 `1e-3` is a text, and only `1.0e-3` is a number."""
+
+    def construct_exponent(self, node: yaml.ScalarNode) -> Exponent:
+        """A number that keeps how it is written."""
+        number = Exponent(self.construct_yaml_float(node))
+        number.written = str(node.value)
+        return number
+
+
+_RecipeLoader.add_implicit_resolver(
+    "!exponent", re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_RecipeLoader.add_constructor("!exponent", _RecipeLoader.construct_exponent)
+
+
+def _plain(value: Any) -> Any:
+    """What stands in lists and mappings, without what only a field could ask for."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return float(value) if isinstance(value, Exponent) else value
+
+
+def refuse(program: str, message: str) -> NoReturn:
+    """One sentence on stderr and exit code 2; of several processes only the first of each machine speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def one_sentence(
+    program: str, errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
+) -> Iterator[None]:
+    """
+    Refuses with the message of an error, where it is one that the user can set right.
+
+    Args:
+        program (`str`): such as `"trl-bayes evaluate"`.
+        errors (`tuple`, *optional*): which errors. Defaults to those of checking a configuration.
+    """
+    try:
+        yield
+    except errors as error:
+        refuse(program, str(error) or type(error).__name__)
 
 
 def _kind(hint: Any) -> Any:

@@ -4,6 +4,10 @@ import string
 from typing import Any
 
 
+class PromptError(ValueError):
+    """A row of the data that has no prompt, which of a stream turns out only when its turn comes."""
+
+
 def with_prompts(rows: Any, template: str | None, words: int | None, as_message: bool) -> Any:
     """
     Writes the column `prompt` of a data set; all other columns stay, for reward functions.
@@ -29,19 +33,29 @@ def with_prompts(rows: Any, template: str | None, words: int | None, as_message:
 
     def write(row: dict[str, Any]) -> dict[str, Any]:
         if template is None and not isinstance(row["prompt"], str):
-            raise ValueError(
+            raise PromptError(
                 "`prompt_words` and `prompt_as_message` are for prompts that are texts, but the data has "
                 f"{type(row['prompt']).__name__}s: name the text with `prompt_template`, or leave them out."
             )
         try:
-            text = row["prompt"] if template is None else template.format_map(row)
+            text = row["prompt"] if template is None else _Formatter().vformat(template, (), row)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"`prompt_template` {template!r} does not fit a row of the data ({reason}).") from None
+            raise PromptError(f"`prompt_template` {template!r} does not fit a row of the data ({reason}).") from None
         text = text if words is None else " ".join(text.split()[:words])
         return {"prompt": [{"role": "user", "content": text}] if as_message else text}
 
     return rows.map(write)
+
+
+class _Formatter(string.Formatter):
+    """Refuses a blank cell, which would be written as `None`."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        found, key = super().get_field(field_name, args, kwargs)
+        if found is None:
+            raise ValueError(f"{field_name} is blank")
+        return found, key
 
 
 def _check_template(template: str, columns: list[str] | None) -> None:

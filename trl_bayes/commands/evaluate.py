@@ -1,138 +1,23 @@
 """Measure how far policies are from a posterior: divergences, rewards and diversity, with standard errors."""
 
-import gc
-import math
-import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-import transformers
-import trl
 from rich.console import Console
-from rich.table import Table
-from trl import DatasetMixtureConfig, ModelConfig
 
-from ..assets import embedded_path
-from ..command_line.parser import RecipeParser
-from ..command_line.problem import (
-    PosteriorArguments,
-    Problem,
-    load_model,
-    load_problem,
-    model_config,
-    prepare_folder,
-    read_arguments,
-    sampling_settings,
+from ..command_line.evaluation import (
+    EvaluateArguments,
+    draw_reference,
+    make_posterior,
+    measure,
+    notes,
+    prepare,
+    results_table,
 )
-from ..evaluation.evaluate import Evaluation, evaluate, evaluate_posterior, evaluate_prior
+from ..command_line.parser import one_sentence
+from ..command_line.recipe import read_study
 from ..evaluation.files import write_evaluation
-from ..evaluation.posterior import Posterior, PosteriorMethod, condition
-from ..evaluation.report import Report, RunRecord, choose_lines
-from ..evaluation.tables import DIVERSITY_COLUMNS, Column, distance_columns, reward_columns, tabulate
-from ..language_models.completions import Completions
-from ..language_models.settings import at_least
-from ..language_models.vocabulary import check_same_vocabulary
-from ..prior.reference import PriorReference, draw_prior
-
-
-_METHODS: dict[str, PosteriorMethod | None] = {"auto": None, "rejection": "rejection", "importance": "importance"}
-_REFERENCES = ("posterior", "prior")  # rows of their own, whose names no policy can have
-_LOG_Z = Column("log_z", "log Z", "Evidence: how much of the prior is compatible with the target.")
-
-
-@dataclass
-class EvaluateArguments(PosteriorArguments):
-    r"""
-    Arguments of `trl-bayes evaluate`.
-
-    This class includes only the parameters that are not in [`~trl_bayes.command_line.problem.PosteriorArguments`].
-
-    Parameters:
-        policies (`list[str]`):
-            What to evaluate, each as `PATH` or `NAME=PATH`: folders or ids of models, checkpoints, outputs of TRL's
-            trainers or of any other, and PEFT adapters, all with the prior's tokenizer.
-        num_samples (`int`, *optional*, defaults to `400`):
-            Samples of each policy for each prompt.
-        num_reference_samples (`int`, *optional*, defaults to `1000`):
-            Samples of the prior for each prompt, from which log Z and the posterior are estimated.
-        method (`str`, *optional*, defaults to `"auto"`):
-            How averages over the posterior are taken, KL(p||pi) among them: `rejection` from exact samples, which
-            needs a bound on the evidence, or `importance` from weighted samples of the prior. `auto` is rejection
-            where the bound is known.
-        max_log_potential (`float`, *optional*):
-            The largest phi that any completion can have, such as the largest reward over beta. A constraint's is 0.
-        pass_at (`list[int]`, *optional*, defaults to `[1, 10, 100]`):
-            k of each pass@k, for rewards of 0 and 1.
-        diversity (`bool`, *optional*, defaults to `True`):
-            Whether to measure distinct-n, self-BLEU and the share of distinct completions.
-        max_prompts (`int`, *optional*, defaults to `64`):
-            Takes only so many prompts, from the beginning.
-        output_dir (`str`, *optional*, defaults to `"runs/evaluation"`):
-            Where `evaluation.json` is written, which `trl-bayes report` reads.
-    """
-
-    policies: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What to evaluate, each as PATH or NAME=PATH: models, checkpoints, outputs of any trainer and "
-            "PEFT adapters, all with the prior's tokenizer."
-        },
-    )
-    num_samples: int = field(default=400, metadata={"help": "Samples of each policy for each prompt."})
-    num_reference_samples: int = field(
-        default=1000,
-        metadata={"help": "Samples of the prior for each prompt: what log Z and the posterior are estimated from."},
-    )
-    method: str = field(
-        default="auto",
-        metadata={
-            "help": "How averages over the posterior are taken, KL(p||pi) among them: from exact samples by "
-            "rejection, or by importance sampling; auto is rejection where the evidence has a known bound.",
-            "choices": list(_METHODS),
-        },
-    )
-    max_log_potential: float | None = field(
-        default=None,
-        metadata={
-            "help": "The largest phi of any completion, such as the largest reward over beta; a constraint's is known "
-            "to be 0."
-        },
-    )
-    pass_at: list[int] = field(
-        default_factory=lambda: [1, 10, 100], metadata={"help": "k of each pass@k, for rewards of 0 and 1."}
-    )
-    diversity: bool = field(
-        default=True, metadata={"help": "Measure distinct-n, self-BLEU and the share of distinct completions."}
-    )
-    max_prompts: int | None = field(
-        default=64, metadata={"help": "Take only so many prompts, from the beginning of the data."}
-    )
-    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where evaluation.json is written."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("num_samples", self.num_samples)
-        at_least("num_reference_samples", self.num_reference_samples, 2)
-        for k in self.pass_at:
-            at_least("pass_at", k)
-        if self.max_log_potential is not None and not math.isfinite(self.max_log_potential):
-            raise ValueError(f"`max_log_potential` must be finite, got {self.max_log_potential}.")
-
-
-class Job(NamedTuple):
-    """All that is needed to evaluate."""
-
-    args: EvaluateArguments
-    model: ModelConfig
-    problem: Problem
-    policies: dict[str, str]
-    max_log_potential: float | None
-    folder: Path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,25 +27,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: code 2 after one sentence on stderr, for anything that is wrong with the configuration.
     """
-    parser = RecipeParser(
-        [EvaluateArguments, ModelConfig, DatasetMixtureConfig],
-        prog="trl-bayes evaluate",
-        usage="trl-bayes evaluate [--config RECIPE] --policies [NAME=]PATH ... [--FIELD VALUE ...]",
-        description=__doc__,
-        epilog="The recipe may be that of a training command: what only concerns training is passed over.",
-    )
-    try:
-        arguments = read_arguments(parser, sys.argv[1:] if argv is None else argv, EvaluateArguments)
-        job = prepare(*arguments)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error) or type(error).__name__)
+    with one_sentence("trl-bayes evaluate"):
+        args, arguments = read_study(
+            EvaluateArguments,
+            "evaluate",
+            sys.argv[1:] if argv is None else argv,
+            usage="[--config RECIPE] --policies [NAME=]PATH ... [--FIELD VALUE ...]",
+            description=__doc__,
+            epilog="The recipe may be that of a training command: what only concerns training is passed over.",
+        )
+        job = prepare(args, arguments)
     start = time.perf_counter()
-    reference = _draw_reference(job)  # an error in a reward function keeps its traceback
-    try:
-        posterior = _posterior(job, reference)
-    except ValueError as error:  # what turns out only from samples of the prior
-        parser.error(str(error))
-    report = run(job, posterior)
+    reference = draw_reference(job)  # an error in a reward function keeps its traceback
+    with one_sentence("trl-bayes evaluate", (ValueError,)):  # what turns out only from samples of the prior
+        posterior = make_posterior(job, reference)
+    report = measure(job, posterior)
     report.settings["seconds"] = round(time.perf_counter() - start)
     file = write_evaluation(report, job.folder)
     console = Console()
@@ -168,232 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for note in notes(report):
         console.print(note, soft_wrap=True, highlight=False)
     console.print(f"Estimates: {file}\nPage: trl-bayes report {job.folder}", soft_wrap=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What to evaluate
-
-
-def prepare(args: EvaluateArguments, model: ModelConfig, mixture: DatasetMixtureConfig) -> Job:
-    """
-    Checks all there is to check; the prior is loaded last, and policies one at a time when it is their turn.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    policies = name_policies(args.policies or [])
-    configs = {name: model_config("policies", path, args.trust_remote_code) for name, path in policies.items()}
-    folder = prepare_folder(args)
-    problem = load_problem(args, model, mixture)
-    for name, path in policies.items():
-        check_same_vocabulary(
-            f"policy {name!r}", path, configs[name], problem.prior.config, problem.tokenizer, args.trust_remote_code
-        )
-    bound = problem.target.max_log_potential() if args.max_log_potential is None else args.max_log_potential
-    if args.method == "rejection" and bound is None:
-        raise ValueError(
-            f"`method=rejection` needs evidence with a known upper bound, which {problem.target!r} does not have: set "
-            "`max_log_potential`, such as the largest reward over beta, or `method` to 'importance'."
-        )
-    return Job(args, model, problem, policies, bound, folder)
-
-
-def name_policies(specs: Sequence[str]) -> dict[str, str]:
-    """
-    Paths of policies by their names.
-
-    Args:
-        specs (`list[str]`): `NAME=PATH`, or `PATH`, whose name is that of the folder.
-
-    Raises:
-        ValueError: none at all, a name that occurs twice, or one that is taken; one sentence.
-    """
-    if not specs:
-        raise ValueError("`policies` is missing: name the models to evaluate, each as PATH or NAME=PATH.")
-    policies: dict[str, str] = {}
-    for spec in specs:
-        name, equals, path = spec.partition("=")
-        if not equals or Path(spec).exists():
-            name, path = Path(spec).name, spec
-        if not name or not path:
-            raise ValueError(f"The policy {spec!r} is neither PATH nor NAME=PATH.")
-        if name in _REFERENCES:
-            raise ValueError(f"No policy can be called {name!r}, which is a row of its own: call it otherwise.")
-        if name in policies:
-            raise ValueError(f"Two policies are called {name!r}: tell them apart as NAME=PATH.")
-        policies[name] = embedded_path(path)
-    return policies
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurement
-
-
-def _draw_reference(job: Job) -> PriorReference:
-    """Samples of the prior, scored."""
-    problem, args = job.problem, job.args
-    return draw_prior(
-        problem.prior,
-        problem.tokenizer,
-        problem.prompts,
-        problem.rewards,
-        args.num_reference_samples,
-        sampling_settings(args),
-        problem.columns,
-    )
-
-
-def _posterior(job: Job, reference: PriorReference) -> Posterior:
-    return condition(
-        reference,
-        job.problem.target,
-        max_log_potential=job.max_log_potential,
-        reward_weights=job.problem.reward_weights,
-        method=_METHODS[job.args.method],
-        diversity_per_prompt=job.args.num_samples,
-        pass_at=sorted(set(job.args.pass_at)),
-        seed=job.args.seed,
-    )
-
-
-def run(job: Job, posterior: Posterior) -> Report:
-    """Evaluates every policy, each loaded for its turn only."""
-    problem, args = job.problem, job.args
-    runs = []
-    for name, path in job.policies.items():
-        policy = load_model(path, args, job.model)
-        evaluation, completions = evaluate(
-            policy,
-            problem.prior,
-            problem.tokenizer,
-            problem.rewards,
-            posterior,
-            num_per_prompt=args.num_samples,
-            name=name,
-            diversity=args.diversity,
-            seed=args.seed + 1,
-        )
-        runs.append(_record(name, evaluation, posterior, completions, settings={"policy": path}))
-        del policy
-        gc.collect()
-    return _report(job, posterior, runs)
-
-
-def _record(
-    name: str,
-    evaluation: Evaluation,
-    posterior: Posterior,
-    completions: Completions,
-    settings: dict[str, Any] | None = None,
-) -> RunRecord:
-    lines = choose_lines(completions, _valid(posterior, completions))
-    return RunRecord(name, name, "", evaluation, samples=lines, settings=settings or {})
-
-
-def _valid(posterior: Posterior, completions: Completions) -> torch.Tensor | None:
-    """Whether each completion has evidence, where evidence is a matter of yes and no."""
-    if posterior.target.hard:
-        return ~posterior.log_potential(completions).isneginf()
-    return completions.rewards[:, 0] > 0.5 if _is_share(posterior) else None
-
-
-def _is_share(posterior: Posterior) -> bool:
-    """Whether the reward is one of 0 or 1."""
-    rewards = posterior.prior.completions.rewards
-    return rewards.size(1) == 1 and posterior.reward_weights is None and bool(((rewards == 0) | (rewards == 1)).all())
-
-
-def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
-    problem, args = job.problem, job.args
-    names = problem.reward_names
-    target = repr(problem.target)
-    ess = posterior.z.effective_samples
-    of_prior = evaluate_prior(posterior, diversity=args.diversity)
-    of_posterior = evaluate_posterior(posterior, diversity=args.diversity)
-    how = "exact" if posterior.method == "rejection" else "weighted prior samples"
-    return Report(
-        title=f"{len(runs)} {'policies' if len(runs) > 1 else 'policy'} against the posterior of {_rounded(target)}",
-        intro=(
-            "Each policy is compared with the posterior, which is the prior updated by the evidence, through samples "
-            "of the prior, of the posterior and of the policy itself."
-        ),
-        problem={
-            "prior": args.prior_model_name_or_path or str(job.model.model_name_or_path),
-            "rewards": ", ".join(names),
-            "target": target,
-            "prompts": _prompts_in_words(problem),
-            "longest completion": f"{args.max_completion_length} tokens",
-            "temperature": str(args.temperature),
-        },
-        posterior=_record("posterior", of_posterior, posterior, posterior.exact),
-        prior=_record("prior", of_prior, posterior, posterior.prior.completions),
-        runs=runs,
-        hard=posterior.target.hard,
-        reward_label=_reward_label(names, args.reward_weights),
-        reward_is_share=_is_share(posterior),
-        valid_label="has the evidence" if posterior.target.hard else "rewarded",
-        invalid_label="does not" if posterior.target.hard else "not rewarded",
-        settings={
-            "posterior": how,
-            "log Z": of_prior.metrics["log_z"].to_dict(),
-            "effective samples of the posterior": {"mean": ess.mean().item(), "min": ess.min().item()},
-            "largest log-potential": job.max_log_potential,
-            "reward weights": args.reward_weights,
-            "seed": args.seed,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-        },
-    )
-
-
-def _rounded(text: str) -> str:
-    """A text whose long numbers are cut to four digits, for a heading."""
-    return re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4g}", text)
-
-
-def _reward_label(names: list[str], weights: list[float] | None) -> str:
-    if weights is not None:
-        return "weighted reward" if len(names) == 1 else "weighted sum of rewards"
-    return f"mean {names[0]}" if len(names) == 1 else "sum of rewards"
-
-
-def _prompts_in_words(problem: Problem) -> str:
-    number, of = len(problem.rows), problem.num_rows
-    return f"{number:,}" if of in (None, number) else f"the first {number:,} of {of:,}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-
-
-def results_table(report: Report) -> Table:
-    """Every metric of every model, with its standard error; what cannot be trusted has no number."""
-    metrics = tabulate(_columns(report), report.rows)
-    table = Table(title=f"{report.title}\nprompts: {report.problem['prompts']}; distances and entropy in nats")
-    table.add_column("")
-    for row, _ in metrics.rows:
-        table.add_column(row.label, justify="right")
-    for place, column in enumerate(metrics.columns):
-        cells = [cells[place] for _, cells in metrics.rows]
-        table.add_row(column.heading, *(cell.text + _mark(cell.footnote) for cell in cells))
-    return table
-
-
-def _columns(report: Report) -> list[Column]:
-    return [_LOG_Z, *distance_columns(report), *reward_columns(report), *DIVERSITY_COLUMNS]
-
-
-def _mark(footnote: int | None) -> str:
-    return "" if footnote is None else f" [{footnote}]".replace("[", "\\[")
-
-
-def notes(report: Report) -> list[str]:
-    """What the footnotes of the table say, and what holds for whole rows."""
-    footnotes = tabulate(_columns(report), report.rows).footnotes
-    numbered = [f"\\[{number}] {note}" for number, note in enumerate(footnotes, start=1)]
-    of_rows = dict.fromkeys(row.evaluation.note for row in report.rows if row.evaluation and row.evaluation.note)
-    return numbered + list(of_rows)
 
 
 if __name__ == "__main__":

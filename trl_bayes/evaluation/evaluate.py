@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.completions import Completions
-from ..language_models.samples import RewardFunction, sample, score
+from ..language_models.generation import model_stop_ids
+from ..language_models.samples import sample, score
 from ..language_models.scoring import log_probs
+from ..rewards.calling import RewardFunction
 from ..statistics.estimate import Estimate, join_notes, mean_of_each, stratified_mean
 from ..targets.base import weighted_sum
 from .distances import (
@@ -92,7 +94,8 @@ def evaluate(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of both.
         reward_funcs (`list`): those of the reference.
         posterior ([`Posterior`]): from [`~trl_bayes.evaluation.posterior.condition`]. The policy is sampled with the
-            prompts and settings of its prior, but for the seed.
+            prompts and settings of its prior, but for the seed: at its temperature and with its stop tokens, whatever
+            the policy's own are. A note says so where they differ.
         num_per_prompt (`int`): samples of the policy for each prompt.
         name (`str`, *optional*, defaults to `"policy"`): of the policy.
         diversity (`bool`, *optional*, defaults to `True`): whether to measure it too.
@@ -115,10 +118,14 @@ def evaluate(
     completions = drawn.with_known(
         log_policy=log_probs(policy, drawn, settings),
         log_prior=log_probs(prior, drawn, settings),
-        rewards=score(reward_funcs, drawn, **posterior.prior.columns),
+        rewards=score(reward_funcs, drawn, tokenizer, posterior.prior.columns),
     )
     at_posterior = log_probs(policy, posterior.points, settings)
-    return measure(posterior, completions, at_posterior, name=name, diversity=diversity), completions
+    evaluation = measure(posterior, completions, at_posterior, name=name, diversity=diversity)
+    if {*model_stop_ids(policy), tokenizer.eos_token_id} - {None} != {*settings.stop_ids}:
+        stops = "it would stop at other tokens by itself, and was sampled with the prior's"
+        evaluation.note = join_notes(evaluation.note, stops)
+    return evaluation, completions
 
 
 def measure(

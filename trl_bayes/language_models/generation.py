@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .batching import generate_padded, in_batches
 from .completions import Prompt
-from .padding import check_generation, generate_padded, sees_through_padding
 from .settings import SamplingSettings
 
 
@@ -48,14 +48,18 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         ValueError: there is none.
     """
-    config: Any = model.generation_config
-    ends = config.eos_token_id if config is not None else None
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    own = tokenizer.eos_token_id
+    ends, own = model_stop_ids(model), tokenizer.eos_token_id
     stop_ids = ends if own is None or own in ends else [own, *ends]
     if not stop_ids:
         raise ValueError("Neither the tokenizer nor the model has an EOS token: set `tokenizer.eos_token`.")
     return stop_ids
+
+
+def model_stop_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a completion by the model's generation config, of which there may be none."""
+    config: Any = model.generation_config
+    ends = config.eos_token_id if config is not None else None
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def with_stop_ids(
@@ -68,7 +72,7 @@ def with_stop_ids(
 @torch.no_grad()
 def generate(model: PreTrainedModel, rows: Sequence[list[int]], settings: SamplingSettings) -> list[list[int]]:
     """
-    Continues rows of tokens: all at once, or those of one length at once if the model does not see through padding.
+    Continues rows of tokens, all at once if the model does that as it does each alone.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): in the mode that [`evaluating`] sets.
@@ -91,23 +95,12 @@ def generate(model: PreTrainedModel, rows: Sequence[list[int]], settings: Sampli
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],  # any token will do: the mask hides it
     )
-    shortest, longest = min(rows, key=len), max(rows, key=len)
-    check_generation(model, shortest, config)
-    all_at_once = len(shortest) == len(longest) or sees_through_padding(model, shortest, longest, config)
     continued: list[list[int]] = [[] for _ in rows]
-    for group in [list(range(len(rows)))] if all_at_once else _by_length(rows):
-        generated = generate_padded(model, [rows[i] for i in group], config)
-        for i, row in zip(group, generated, strict=True):
+    for batch in in_batches(model, rows, stop_ids[0]):
+        ids, generated = generate_padded(model, [rows[i] for i in batch], config)
+        for i, row in zip(batch, generated[:, ids.size(1) :].tolist(), strict=True):
             continued[i] = _cut_at_stop(row, stop_ids)
     return continued
-
-
-def _by_length(rows: Sequence[list[int]]) -> list[list[int]]:
-    """Places of the rows of each length."""
-    places: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        places.setdefault(len(row), []).append(i)
-    return list(places.values())
 
 
 def _cut_at_stop(row: list[int], stop_ids: list[int]) -> list[int]:

@@ -1,9 +1,6 @@
 """Samples of a language model, and their rewards."""
 
-import asyncio
-import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +8,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..rewards.calling import RewardFunction, call_rewards
 from .completions import Completions, Prompt
 from .generation import evaluating, generate, seeded, tokenize_prompt, with_stop_ids
+from .parsing import as_rewards_see_them
 from .settings import SamplingSettings, at_least
-
-
-RewardFunction = Callable[..., Any]
 
 
 def sample(
@@ -63,15 +59,21 @@ def sample(
     )
 
 
-def score(reward_funcs: Sequence[RewardFunction], samples: Completions, **columns: Sequence[Any]) -> Tensor:
+def score(
+    reward_funcs: Sequence[RewardFunction],
+    samples: Completions,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> Tensor:
     """
-    Rewards of the samples, by functions as TRL's trainers call them, each called once.
+    Rewards of the samples, by functions as TRL's trainers call them ([`~trl_bayes.rewards.calling.call_rewards`]).
 
     Args:
-        reward_funcs (`list`): functions, sync or async, of `prompts`, `completions`, `completion_ids` and the columns.
-            For a prompt of messages, the completion is a list with the assistant's message.
+        reward_funcs (`list`): K functions, sync or async, of `prompts`, `completions`, `completion_ids`, the columns
+            and what TRL adds.
         samples ([`Completions`]): what to score.
-        columns: further columns of the dataset, with one entry per prompt.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): makes texts or messages of the tokens.
+        columns (`dict`, *optional*): further columns of the dataset, with one entry per prompt.
 
     Returns:
         `torch.Tensor`: (N, K) float64; NaN where a function returned `None`, NaN or, as in training, infinity.
@@ -79,28 +81,16 @@ def score(reward_funcs: Sequence[RewardFunction], samples: Completions, **column
     Raises:
         ValueError: a column without an entry for each prompt, or a function that returns another number of rewards.
     """
-    for name, column in columns.items():
+    for name, column in (columns or {}).items():
         if len(column) != len(samples.prompts):
             raise ValueError(f"The column {name!r} has {len(column)} entries for {len(samples.prompts)} prompts.")
     index = samples.prompt_index.tolist()
     prompts = [samples.prompts[i] for i in index]
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, samples.texts, strict=True)
-    ]
-    further = {name: [column[i] for i in index] for name, column in columns.items()}
-    rewards = torch.full((len(samples), len(reward_funcs)), torch.nan, dtype=torch.float64)
-    for k, function in enumerate(reward_funcs):
-        values = function(prompts=prompts, completions=completions, completion_ids=samples.completion_ids, **further)
-        if inspect.isawaitable(values):
-            values = asyncio.run(_wait_for(values))
-        values = [math.nan if value is None or math.isinf(value) else float(value) for value in values]
-        if len(values) != len(samples):
-            name = getattr(function, "__name__", repr(function))
-            raise ValueError(f"The reward function {name} returned {len(values)} rewards for {len(samples)} samples.")
-        rewards[:, k] = torch.tensor(values, dtype=torch.float64)
-    return rewards
-
-
-async def _wait_for(awaitable: Any) -> Any:
-    return await awaitable
+    prompt_ids = [samples.prompt_ids[i] for i in index]
+    return call_rewards(
+        reward_funcs,
+        prompts,
+        as_rewards_see_them(tokenizer, prompts, prompt_ids, samples.completion_ids),
+        samples.completion_ids,
+        {name: [column[i] for i in index] for name, column in (columns or {}).items()},
+    )

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .batching import pad_rows
 from .completions import Completions, Outcome
 from .generation import evaluating
-from .padding import pad_rows
 from .settings import SamplingSettings
 
 

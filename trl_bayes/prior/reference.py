@@ -8,9 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.completions import Completions, Prompt
-from ..language_models.samples import RewardFunction, sample, score
+from ..language_models.generation import with_stop_ids
+from ..language_models.samples import sample, score
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
+from ..rewards.calling import RewardFunction, reward_names
 from .scores import PriorScores
 
 
@@ -25,7 +27,8 @@ class PriorReference:
             the prior.
         reward_names (`list[str]`): of the columns of the rewards.
         settings ([`~trl_bayes.language_models.settings.SamplingSettings`]):
-            With which they were drawn; who compares other models with them uses the same.
+            With which they were drawn, the prior's stop tokens among them; who compares other models with them uses
+            the same.
         columns (`dict[str, list]`): further columns for the reward functions, an entry per prompt.
     """
 
@@ -69,10 +72,11 @@ def draw_prior(
         reward_funcs (`list`): see [`~trl_bayes.language_models.samples.score`].
         columns (`dict`, *optional*): further columns for them, an entry per prompt.
     """
+    names = reward_names(reward_funcs)
+    settings = with_stop_ids(settings, prior, tokenizer)
     drawn = sample(prior, tokenizer, prompts, num_per_prompt, settings)
     log_prior = log_probs(prior, drawn, settings)
     further = dict(columns or {})
-    rewards = score(reward_funcs, drawn, **further)
-    names = [getattr(function, "__name__", f"reward_{k}") for k, function in enumerate(reward_funcs)]
+    rewards = score(reward_funcs, drawn, tokenizer, further)
     completions = drawn.with_known(log_policy=log_prior, log_prior=log_prior, rewards=rewards)
     return PriorReference(completions, names, settings, further)

@@ -3,10 +3,11 @@
 import importlib
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
+
+from .specification import import_object, with_numbers
 
 
 RewardSpec = str | Mapping[str, Any] | Callable[..., Any]
@@ -101,16 +102,7 @@ def _find(name: str) -> Any:
 
 
 def _import(path: str) -> Any:
-    """The object at a dotted path; modules in the working folder count, as they do for `python -m`."""
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    module, _, attribute = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        reason = str(error) or "no message"
-        raise ValueError(f"The reward {path!r} cannot be imported ({type(error).__name__}: {reason}).") from error
+    found = import_object(path, "reward")
     if not callable(found):
         raise ValueError(f"The reward {path!r} is a {type(found).__name__}: it must be a function.")
     return found
@@ -136,6 +128,7 @@ def _call_factory(name: str, factory: Callable[..., Any], arguments: Mapping[str
             f"{name!r} takes {takes}, so it makes a reward from arguments ({error}): give them as {{name: {name}, "
             f"{', '.join(f'{parameter}: ...' for parameter in takes)}}}; a reward function itself takes `completions`."
         ) from None
+    arguments = with_numbers(factory, arguments, f"the reward {name!r}")
     try:
         reward = factory(**arguments)
     except (TypeError, ValueError) as error:

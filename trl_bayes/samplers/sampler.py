@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.completions import Completions, Prompt
-from ..language_models.samples import RewardFunction
 from ..language_models.settings import SamplingSettings, at_least
 from ..language_models.vocabulary import check_same_vocabulary
 from ..prior.reference import draw_prior
+from ..rewards.calling import RewardFunction, reward_names
 from ..targets import Target
 from .base import Method
 from .language_model import LanguageModelSource
@@ -72,7 +72,7 @@ class Sampler:
                 f"There are {len(reward_weights)} reward weights for {len(reward_funcs)} reward functions: give one "
                 "for each."
             )
-        target.bind([getattr(f, "__name__", f"reward_{k}") for k, f in enumerate(reward_funcs)], reward_weights)
+        target.bind(reward_names(reward_funcs), reward_weights)
         method.check(target, proposal is not None)
         if proposal is not None:
             check_same_vocabulary("proposal", proposal.config._name_or_path, proposal.config, prior.config, tokenizer)

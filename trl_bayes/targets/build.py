@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
+from ..rewards.specification import import_object, with_numbers
 from .base import Target
 
 
@@ -51,7 +52,11 @@ def build_target(spec: TargetSpec | None, beta: float | None = None) -> Target:
     except TypeError as error:
         takes = list(inspect.signature(target_class).parameters)
         raise ValueError(f"The target {spec['name']!r} takes {takes}: {error}.") from None
-    return target_class(**arguments)
+    arguments = with_numbers(target_class, arguments, f"the target {spec['name']!r}")
+    try:
+        return target_class(**arguments)
+    except TypeError as error:
+        raise ValueError(f"The target {spec['name']!r} cannot be made from {arguments} ({error}).") from error
 
 
 def target_names() -> dict[str, type[Target]]:
@@ -79,11 +84,7 @@ def _find(name: str) -> type[Target]:
         raise ValueError(
             f"Unknown target {name!r}: use one of {list(known)} or the dotted path of a Target class.{hint}"
         )
-    module_name, _, class_name = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: a relative or empty module
-        raise ValueError(f"The target {name!r} cannot be imported: {error}.") from None
+    found = import_object(name, "target")
     if not _is_target(found):
         raise ValueError(f"The target {name!r} is not a concrete subclass of `trl_bayes.targets.Target`.")
     return found

@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..rewards.specification import with_numbers
+
+
+_DEFAULT_KL_BUDGET = 0.5  # nats
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -107,7 +112,7 @@ def build_transform(transform: str | Transform, **arguments: Any) -> Transform:
     except TypeError as error:
         takes = list(inspect.signature(_BY_NAME[transform]).parameters)
         raise ValueError(f"The transform {transform!r} takes {takes}: {error}.") from None
-    return _BY_NAME[transform](**arguments)
+    return _BY_NAME[transform](**with_numbers(_BY_NAME[transform], arguments, f"the transform {transform!r}"))
 
 
 def _at_least_two(name: str, n: int) -> int:
@@ -191,3 +196,28 @@ def beta_for_kl(transform: Transform, kl_prior: float) -> float:
         else:
             high = middle
     return math.exp((low + high) / 2)
+
+
+def temperature(transform: Transform, beta: float | None, kl_budget: float | None) -> float:
+    """
+    The temperature of a calibrated target, from itself or from how far the posterior may be from the prior.
+
+    Args:
+        transform ([`Transform`]): `Phi`.
+        beta (`float`, *optional*): in units of the transform per nat.
+        kl_budget (`float`, *optional*): `KL(p||pi_0)` in nats, in (0, 5]. Defaults to 0.5 where `beta` is unset too.
+
+    Raises:
+        ValueError: numbers out of range, or that do not go together; one sentence.
+    """
+    if kl_budget is not None and not 0 < kl_budget <= 5:
+        raise ValueError(f"`kl_budget={kl_budget}` must lie in (0, 5] nats: 0.5 is usual.")
+    if beta is None:
+        return beta_for_kl(transform, kl_budget or _DEFAULT_KL_BUDGET)
+    if not beta > 0:
+        raise ValueError(f"`beta={beta}` is not a temperature of CTRL: set a positive number, or `kl_budget` instead.")
+    if kl_budget is not None and not math.isclose(beta, implied := beta_for_kl(transform, kl_budget), rel_tol=1e-6):
+        raise ValueError(
+            f"`kl_budget={kl_budget}` asks for `beta={implied:.6g}`, but `beta={beta}` is set: leave one of them out."
+        )
+    return beta

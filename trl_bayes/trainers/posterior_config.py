@@ -26,6 +26,19 @@ _NO_EFFECT = (
 """GRPO's own loss and clipping: accepted, so that a GRPO script runs as it is, and not used."""
 
 
+_SMALLER_IS_BETTER = (
+    "forward_kl",
+    "reverse_kl",
+    "kl_prior",
+    "frac_no_evidence",
+    "frac_unscored",
+    "frac_infinite_reward",
+    "capped_frac",
+    "pseudo_reward_std",
+)
+"""Metrics of ours, behind `posterior/`, of which transformers would take the largest for the best."""
+
+
 @dataclass
 class PosteriorConfig(GRPOConfig):
     r"""
@@ -155,6 +168,9 @@ class PosteriorConfig(GRPOConfig):
                 f"`num_generations={self.num_generations}` leaves a completion without siblings for the leave-one-out "
                 "evidence and baseline: set `num_generations` to 2 or more."
             )
+        _, ours, metric = (self.metric_for_best_model or "").rpartition("posterior/")
+        if self.greater_is_better is None and ours and metric in _SMALLER_IS_BETTER:
+            self.greater_is_better = False
         scale_rewards = self.scale_rewards  # TRL gives True another name
         super().__post_init__()
         self._check_posterior_parameters()

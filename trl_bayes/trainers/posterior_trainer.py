@@ -39,8 +39,9 @@ from .refusals import (
     refuse_infinite_divergence,
     refuse_infinite_potential,
     refuse_unsampled_prior,
+    warn_of_settings,
 )
-from .warnings_of_users import warn, warnings_at_the_users_line
+from .warnings_of_users import warnings_at_the_users_line
 from .zero3 import announce_lm_head
 
 
@@ -115,8 +116,6 @@ class PosteriorTrainer(GRPOTrainer):
         self.target = build_target(args.target if target is None else target, args.beta)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
-        if ineffective := args.ineffective_settings():
-            warn(ineffective)
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,
@@ -137,8 +136,7 @@ class PosteriorTrainer(GRPOTrainer):
         make_exact(self.model, self.ref_model, self.accelerator, without_noise=args.disable_dropout)
         if not self.use_vllm:  # which is given TRL's settings only
             refuse_inexact_model_defaults(self.model.generation_config, self.generation_kwargs, args)
-        if args.inexact:
-            warn(" ".join(inexact.fixed_point for inexact in args.inexact))
+        warn_of_settings(args)
         self.target.bind(self.reward_func_names, self.reward_weights)
         refuse_unsampled_prior(self.target, self.partition, args, self._datasets(), bool(self.environment_factories))
         self._is_checked = not args.check_log_probs

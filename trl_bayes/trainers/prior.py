@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
+from ..language_models.adapters import base_of_adapter
 from ..language_models.noise import disable_noise
 from ..language_models.positions import give_positions
 from ..language_models.vocabulary import check_same_vocabulary
@@ -63,11 +64,13 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
     assert args.prior_model_name_or_path is not None  # the caller's condition
     policy = cast(PreTrainedModel, trainer.model)
     kwargs = as_mapping(args.model_init_kwargs)
+    kwargs.pop("revision", None)  # of the policy's repository
     if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     kwargs.setdefault("dtype", policy.dtype)
-    prior = create_model_from_path(args.prior_model_name_or_path, **kwargs)
+    architecture: Any = None if base_of_adapter(args.prior_model_name_or_path) is None else AutoModelForCausalLM
+    prior = create_model_from_path(args.prior_model_name_or_path, architecture, **kwargs)
     check_same_vocabulary(
         "prior",
         args.prior_model_name_or_path,

@@ -13,6 +13,7 @@ from ..partitions import Partition
 from ..targets import Target
 from .exactness import Inexact, distribution_altering_settings
 from .posterior_config import PosteriorConfig
+from .warnings_of_users import warn
 
 
 def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any, target: Any) -> PosteriorConfig:
@@ -90,6 +91,14 @@ def refuse_inexact_model_defaults(
         if args.inexact_settings == "refuse":
             raise ValueError(inexact.refusal)
         args.inexact.append(inexact)
+
+
+def warn_of_settings(args: PosteriorConfig) -> None:
+    """Warns once of settings that do nothing here, and once of those that move the fixed point."""
+    if ineffective := args.ineffective_settings():
+        warn(ineffective)
+    if args.inexact:
+        warn(" ".join(inexact.fixed_point for inexact in args.inexact))
 
 
 def refuse_unsampled_prior(

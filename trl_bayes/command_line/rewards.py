@@ -1,0 +1,48 @@
+"""The rewards of a recipe: functions, and models that a trainer loads itself and a study as a trainer does."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..rewards import build_rewards
+from ..rewards.calling import reward_names
+from ..rewards.reward_model import RewardModel
+from .arguments import Arguments, TrainingScriptArguments
+from .models import find_config, loading_arguments
+
+
+def find_rewards(script: TrainingScriptArguments) -> tuple[list[Any], list[str]]:
+    """
+    Reward functions, and ids or folders of reward models, with the names that TRL gives them.
+
+    Raises:
+        ValueError: a reward does not exist or cannot be made, or two have the same name; one sentence.
+    """
+    first = [] if script.reward_model_name_or_path is None else [script.reward_model_name_or_path]
+    found = first + build_rewards(script.reward_funcs)
+    rewards = [os.path.expanduser(reward) if isinstance(reward, str) else reward for reward in found]
+    return rewards, reward_names(rewards)
+
+
+def check_reward_models(rewards: Sequence[Any], arguments: Arguments) -> None:
+    """
+    Refuses reward models that are not there.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    settings = loading_arguments(arguments.model, arguments.training)
+    for name in rewards:
+        if isinstance(name, str):  # TRL loads it with `model_init_kwargs`, the policy's revision included
+            find_config("reward_funcs", name, arguments.training.trust_remote_code, settings["revision"])
+
+
+def load_reward_models(rewards: Sequence[Any], arguments: Arguments, device: torch.device) -> list[Any]:
+    """The rewards as functions, each model loaded as a trainer loads it."""
+    settings = loading_arguments(arguments.model, arguments.training)
+    template: Any = arguments.training.chat_template_kwargs
+    return [
+        RewardModel(reward, settings, template, device) if isinstance(reward, str) else reward for reward in rewards
+    ]

@@ -1,0 +1,124 @@
+"""What `sample` and `evaluate` share: a posterior, written as for training and loaded without a trainer."""
+
+import sys
+from itertools import islice
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..language_models.prompts import check_prompts
+from ..language_models.settings import SamplingSettings
+from ..rewards.calling import NOT_PASSED_ON
+from ..targets import Target, build_target
+from .arguments import Arguments, StudyArguments
+from .data import load_data, select_split
+from .models import choose_device, find_config, load_model, load_tokenizer, loading_arguments, model_path
+from .rewards import check_reward_models, find_rewards, load_reward_models
+
+
+class Study(NamedTuple):
+    """A prior, its evidence, and prompts."""
+
+    named: str  # the prior, as the user names it
+    prior: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rewards: list[Any]
+    reward_names: list[str]
+    target: Target
+    reward_weights: torch.Tensor | None
+    rows: list[dict[str, Any]]
+    num_rows: int | None  # of the data, of which `rows` may be the beginning
+    max_completion_length: int
+    temperature: float
+
+    @property
+    def prompts(self) -> list[Any]:
+        """One of each row."""
+        return [row["prompt"] for row in self.rows]
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """What reward functions are given besides."""
+        names = [name for name in self.rows[0] if name not in NOT_PASSED_ON]
+        return {name: [row[name] for row in self.rows] for name in names}
+
+    def sampling_settings(self, args: StudyArguments) -> SamplingSettings:
+        """How completions are drawn, of all models; with progress bars if there is someone to show them to."""
+        return SamplingSettings(
+            self.max_completion_length, self.temperature, args.batch_size, args.seed, progress=sys.stderr.isatty()
+        )
+
+
+def load_study(args: StudyArguments, arguments: Arguments) -> Study:
+    """
+    The posterior and its prompts; rewards, target and data are checked before the prior is loaded.
+
+    Args:
+        args ([`StudyArguments`]): the command's own.
+        arguments ([`Arguments`]): of the recipe.
+
+    Raises:
+        ValueError: one sentence.
+        ImportError: an optional package that the configuration needs is not installed.
+    """
+    training = arguments.training
+    name, revision = find_prior(arguments)
+    rewards, names = find_rewards(arguments.script)
+    check_reward_models(rewards, arguments)
+    target = build_target(training.target, training.beta)
+    weights = _weights(training.reward_weights, len(rewards))
+    if not rewards and target.reads_rewards:
+        raise ValueError(f"The target {target!r} reads rewards: give at least one reward function.")
+    target.bind(names, weights)
+    rows, num_rows = _rows(args, arguments)
+    settings = {**loading_arguments(arguments.model, training), "revision": revision}
+    tokenizer = load_tokenizer(name, settings, training.chat_template_kwargs)
+    is_policys = training.prior_model_name_or_path is None
+    prior = load_model(name, arguments, args.device, revision=revision, quantized=is_policys)
+    rewards = load_reward_models(rewards, arguments, choose_device(args.device, training))
+    length = cast(int, training.max_completion_length)  # the configuration's default is a number
+    check_prompts([row["prompt"] for row in rows], tokenizer, prior, max_completion_length=length)
+    named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
+    return Study(
+        named, prior, tokenizer, rewards, names, target, weights, rows, num_rows, length, training.temperature
+    )
+
+
+def find_prior(arguments: Arguments) -> tuple[str, str]:
+    """
+    The prior's id or folder, checked to be there, and its revision.
+
+    Raises:
+        ValueError: none is named, or there is no such model; one sentence.
+        ImportError: it is an adapter, and peft is not installed.
+    """
+    model, training = arguments.model, arguments.training
+    if training.prior_model_name_or_path is not None:
+        field, named, revision = "prior_model_name_or_path", training.prior_model_name_or_path, "main"
+    elif model.model_name_or_path is not None:
+        field, named = "model_name_or_path", model.model_name_or_path
+        revision = loading_arguments(model, training)["revision"]
+    else:
+        raise ValueError("`model_name_or_path` is missing: name the prior, by id or folder.")
+    name = model_path(named)
+    find_config(field, name, training.trust_remote_code, revision)
+    return name, revision
+
+
+def _weights(weights: list[float] | None, number: int) -> torch.Tensor | None:
+    if weights is not None and len(weights) != number:
+        raise ValueError(f"There are {len(weights)} reward weights for {number} reward functions: give one for each.")
+    return None if weights is None else torch.tensor(weights)
+
+
+def _rows(args: StudyArguments, arguments: Arguments) -> tuple[list[dict[str, Any]], int | None]:
+    if args.dataset_streaming and args.max_prompts is None:
+        raise ValueError("A data set that is streamed may have no end: set `max_prompts`.")
+    split = select_split(load_data(arguments), args.dataset_train_split, args)
+    rows = list(islice(split, args.max_prompts))
+    if not rows:
+        raise ValueError(f"The data's split {args.dataset_train_split!r} has no rows.")
+    if arguments.training.remove_unused_columns:  # TRL keeps what generation needs
+        rows = [{"prompt": row["prompt"]} for row in rows]
+    return rows, None if args.dataset_streaming else len(split)

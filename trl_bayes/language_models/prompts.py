@@ -1,0 +1,109 @@
+"""What a prompt must be for a model to continue it: checked for all prompts before anything is generated."""
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+_MOST_BYTES_OF_A_TEMPLATE = 4096  # that it adds to a conversation; longer ones than this leaves room for are tokenized
+
+
+def check_prompt(prompt: Any) -> None:
+    """
+    Refuses what is neither a text nor a list of messages, such as a blank or numeric cell of a table.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if isinstance(prompt, str):
+        return
+    if isinstance(prompt, list) and prompt and all(isinstance(each, Mapping) and "role" in each for each in prompt):
+        return
+    what = "missing" if prompt is None else repr(prompt)
+    raise ValueError(f"A prompt of the data is {what}: make it a text, or a list of messages, or leave its row out.")
+
+
+def check_prompts(
+    prompts: Iterable[Any],
+    tokenizer: Any,
+    model: torch.nn.Module,
+    *,
+    max_completion_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Refuses prompts that cannot be continued to the length asked for.
+
+    A prompt must be a text or messages, have tokens, and, if it is one of messages, a chat template to be written by.
+    With its completion it must fit into the positions of a model that has a table of them (GPT-2, OPT); others, with
+    rotary positions for instance, have no such limit.
+
+    Args:
+        prompts (`Iterable`): texts, or lists of messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's. With a processor only the type is checked.
+        model (`torch.nn.Module`): the language model.
+        max_completion_length (`int`): tokens of the longest completion.
+        chat_template_kwargs (`dict`, *optional*): for the chat template.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    positions = number_of_positions(model)
+    room = None if positions is None else positions - max_completion_length
+    for prompt in prompts:
+        check_prompt(prompt)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            continue
+        if not isinstance(prompt, str) and tokenizer.chat_template is None:
+            raise ValueError(
+                "The prompts are messages, and the tokenizer has no chat template to write them by: use a chat model, "
+                "set `tokenizer.chat_template`, or make the prompts texts."
+            )
+        if not _may_be_wrong(prompt, room):
+            continue
+        number = _number_of_tokens(prompt, tokenizer, chat_template_kwargs or {})
+        if number == 0:
+            raise ValueError(
+                f"The prompt {prompt!r} has no tokens, so the first token of a completion would have no distribution: "
+                "use a tokenizer that adds a first token, or leave this prompt out."
+            )
+        if room is not None and number > room:
+            raise ValueError(
+                f"A prompt of {number} tokens and a completion of `max_completion_length={max_completion_length}` do "
+                f"not fit into the model's {positions} positions: lower `max_completion_length`, or shorten the "
+                "prompt or leave it out."
+            )
+
+
+def number_of_positions(model: torch.nn.Module) -> int | None:
+    """How many tokens a model with a table of positions can read; `None` for one without such a table."""
+    config: Any = model.config
+    declared = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if declared is None:
+        return None
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        shape = getattr(tensor, "ds_shape", tensor.shape)  # of a weight that ZeRO-3 has sharded
+        is_of_positions = "position" in name or ".wpe." in f".{name}."
+        if is_of_positions and len(shape) > 1 and declared <= shape[0] < 2 * declared:
+            return int(declared)
+    return None
+
+
+def _may_be_wrong(prompt: Any, room: int | None) -> bool:
+    """Whether tokens have to be counted: a token is a byte at least, so short prompts fit, and texts have some."""
+    if isinstance(prompt, str):
+        return not prompt.strip() or (room is not None and len(prompt.encode()) + 1 > room)
+    return room is not None and len(repr(prompt).encode()) + _MOST_BYTES_OF_A_TEMPLATE > room
+
+
+def _number_of_tokens(prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> int:
+    if isinstance(prompt, str):
+        encoded: Any = tokenizer(text=prompt)
+    else:
+        encoded = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+        )
+    return len(encoded["input_ids"])

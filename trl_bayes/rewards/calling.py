@@ -1,0 +1,152 @@
+"""Reward functions as TRL's trainers name and call them, for whoever scores completions without a trainer.
+
+What trains must give the same rewards, under the same names, everywhere else: functions, `functools.partial`,
+instances with `__call__`, each of them sync or async, with the arguments that TRL adds to the data's columns.
+"""
+
+import asyncio
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import TrainerState
+from trl.trainer.utils import (
+    get_callable_name,
+    get_config_model_id,
+    is_async_callable,
+    start_event_loop_in_daemon,
+)
+
+
+RewardFunction = Callable[..., Any]
+
+NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
+"""Columns of the data that TRL does not hand to reward functions, which have these from the policy."""
+
+_TAKEN = ("prompts", "completions")  # what else reward functions have from the policy
+
+
+def reward_name(reward: RewardFunction | torch.nn.Module | str) -> str:
+    """
+    The name under which TRL logs a reward, and by which targets read it.
+
+    Args:
+        reward: a callable; a reward model, or its id or folder, whose name is the last part of that.
+    """
+    if isinstance(reward, str):
+        return reward.split("/")[-1]
+    if isinstance(reward, torch.nn.Module):
+        return get_config_model_id(cast(Any, reward).config).split("/")[-1]
+    return get_callable_name(reward)
+
+
+def reward_names(rewards: Sequence[RewardFunction | torch.nn.Module | str]) -> list[str]:
+    """
+    The names of all rewards, each as [`reward_name`] has it.
+
+    Raises:
+        ValueError: two have the same; one sentence.
+    """
+    names = [reward_name(reward) for reward in rewards]
+    refuse_same_names(names)
+    return names
+
+
+def refuse_same_names(names: Sequence[str]) -> None:
+    """
+    Refuses two rewards of one name: a target would read the first of them, and logs would show the second.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise ValueError(
+            f"Two rewards are called {twice[0]!r}, so targets and logs could not tell them apart: give one of them "
+            "another name, by `called` where the reward takes it ({name: ..., called: ...}), else by its `__name__`."
+        )
+
+
+def check_columns(columns: Sequence[str] | None) -> None:
+    """
+    Refuses columns of the data that reward functions would be given twice.
+
+    Args:
+        columns (`list[str]`, *optional*): of the data; a stream may not know them.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if taken := [name for name in columns or () if name in _TAKEN]:
+        raise ValueError(
+            f"The data has a column {taken[0]!r}, which is what reward functions call the policy's own: rename it."
+        )
+
+
+def call_rewards(
+    rewards: Sequence[RewardFunction],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[list[int]],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> torch.Tensor:
+    """
+    Rewards of completions, each function called once, with all completions.
+
+    Besides the columns a function is given what TRL adds: `trainer_state`, here that of a training that has come to
+    its end, and `log_extra` and `log_metric`, which log nothing.
+
+    Args:
+        rewards (`list`): K functions, sync or async; async ones run at the same time.
+        prompts, completions (`list`): N texts, or lists of messages.
+        completion_ids (`list[list[int]]`): N lists of tokens.
+        columns (`dict`, *optional*): further columns of the data, N entries each.
+
+    Returns:
+        `torch.Tensor`: (N, K) float64; NaN where a function returned `None`, NaN or, as in training, infinity.
+
+    Raises:
+        ValueError: a function returns another number of rewards.
+    """
+    given: dict[str, Any] = {name: column for name, column in (columns or {}).items() if name not in NOT_PASSED_ON}
+    given |= {"trainer_state": _finished(), "log_extra": _log_nothing, "log_metric": _log_nothing}
+    given |= {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
+    returned: list[Any] = [None if is_async_callable(reward) else reward(**given) for reward in rewards]
+    waiting = [k for k, reward in enumerate(rewards) if is_async_callable(reward)]
+    if waiting:
+        together = _gather([rewards[k] for k in waiting], given)
+        for k, values in zip(waiting, asyncio.run_coroutine_threadsafe(together, _event_loop()).result(), strict=True):
+            returned[k] = values
+    scores = torch.full((len(completions), len(rewards)), torch.nan, dtype=torch.float64)
+    for k, (reward, values) in enumerate(zip(rewards, returned, strict=True)):
+        numbers = [math.nan if value is None or math.isinf(value) else float(value) for value in values]
+        if len(numbers) != len(completions):
+            raise ValueError(
+                f"The reward function {reward_name(reward)!r} returned {len(numbers)} rewards for {len(completions)} "
+                "completions: return one for each."
+            )
+        scores[:, k] = torch.tensor(numbers, dtype=torch.float64)
+    return scores
+
+
+def _finished() -> TrainerState:
+    """A state by which a reward that changes during training is the one that training ends with."""
+    return TrainerState(epoch=1.0, global_step=1, max_steps=1, num_train_epochs=1)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """There is no table of completions and no log here."""
+
+
+async def _gather(rewards: Sequence[RewardFunction], given: Mapping[str, Any]) -> list[Any]:
+    return await asyncio.gather(*(reward(**given) for reward in rewards))
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop in a thread of its own, as TRL has it: clients that a reward keeps open live on, and notebooks work."""
+    _, loop, ready = start_event_loop_in_daemon(name="trl_bayes-rewards")
+    ready.wait()
+    return loop
