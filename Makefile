@@ -44,9 +44,10 @@ quickstart: ## train the embedded prior four ways, measure and report: runs/quic
 	@test -x $(VENV)/bin/trl-bayes || $(MAKE) install EXTRAS=
 	HF_HUB_OFFLINE=1 $(VENV)/bin/trl-bayes quickstart $(QUICKSTART_ARGS)
 
-lint: $(INSTALLED) ## ruff: rules and formatting
+lint: $(INSTALLED) ## ruff: rules and formatting; import-linter: the layers
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 typecheck: $(INSTALLED) ## mypy
 	$(PY) -m mypy
@@ -62,5 +63,5 @@ test-fast: $(INSTALLED) ## the tests that are not marked slow
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .hypothesis .import_linter_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """Fixtures for more than one test file: tiny models, made here and saved to a folder, so nothing is downloaded."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
@@ -30,6 +30,7 @@ from transformers import (
 )
 from trl.chat_template_utils import qwen3_chat_template
 
+from tests.helpers.llama import SIZES, llama_config, of_tokenizer
 from trl_bayes import cli
 from trl_bayes.benchmarks.tiny import letter_count_task
 from trl_bayes.prior import Context, PriorScores
@@ -41,6 +42,16 @@ _SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # As in Qwen3, tokens of their own that decoding keeps
 _MARKERS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 _EOS_WEIGHT = 1.65  # at each token about one completion in seven ends, so that lengths differ within a batch
+
+
+def pytest_collection_finish() -> None:
+    """
+    Keeps what imports have left, a million objects, out of all garbage collections to come.
+
+    Every training begins with a full one, which took half of the time of a short test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class TinyModels(NamedTuple):
@@ -79,23 +90,6 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     return str(folder)
 
 
-def _llama_config(tokenizer: PreTrainedTokenizerBase, **overrides: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **overrides,
-    )
-
-
 def _raise_eos(model: PreTrainedModel, eos_token_id: int) -> None:
     """Adds about a constant to the logit of EOS, through a hidden unit that embeddings set and no layer changes."""
     with torch.no_grad():
@@ -123,35 +117,26 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: PreTra
             {"policy": chat_tokenizer, "prior": chat_tokenizer, "other_vocabulary": other_tokenizer}.items()
         ):
             torch.manual_seed(seed)
-            llama = LlamaForCausalLM(_llama_config(tokenizer))
+            llama = LlamaForCausalLM(llama_config(tokenizer))
             _raise_eos(llama, tokenizer.eos_token_id)
             folders[name] = _save(llama, tokenizer, folder / name)
         torch.manual_seed(3)
         moe = Qwen3MoeForCausalLM(
             Qwen3MoeConfig(
-                vocab_size=len(chat_tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
+                **SIZES,
+                **of_tokenizer(chat_tokenizer),
                 moe_intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
                 head_dim=8,
                 num_experts=4,
                 num_experts_per_tok=2,
                 decoder_sparse_step=1,
                 router_aux_loss_coef=0.1,
-                initializer_range=0.3,
-                max_position_embeddings=4096,
-                bos_token_id=None,
-                eos_token_id=chat_tokenizer.eos_token_id,
-                pad_token_id=chat_tokenizer.pad_token_id,
             )
         )
         _raise_eos(moe, chat_tokenizer.eos_token_id)
         folders["moe"] = _save(moe, chat_tokenizer, folder / "moe")
         torch.manual_seed(4)
-        reward = LlamaForSequenceClassification(_llama_config(chat_tokenizer, num_labels=1))
+        reward = LlamaForSequenceClassification(llama_config(chat_tokenizer, num_labels=1))
         folders["reward"] = _save(reward, chat_tokenizer, folder / "reward")
     return TinyModels(**folders)
 
@@ -226,11 +211,16 @@ class Enumerated(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def enumerated(tmp_path_factory: pytest.TempPathFactory) -> Enumerated:
+def letters_prior(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the letters task's prior; not to be written to."""
+    return letter_count_task().build_model(tmp_path_factory.mktemp("letters"))
+
+
+@pytest.fixture(scope="session")
+def enumerated(letters_prior: str) -> Enumerated:
     task = letter_count_task()
-    folder = task.build_model(tmp_path_factory.mktemp("letters"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    log_prior = task.log_probs(AutoModelForCausalLM.from_pretrained(folder), tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(letters_prior)
+    log_prior = task.log_probs(AutoModelForCausalLM.from_pretrained(letters_prior), tokenizer)
     keys = torch.tensor([7, 2**59 + 3, 5, 2**59 + 2])  # far apart and not in order, as hashes are
     return Enumerated(log_prior, task.completions(tokenizer).ids, keys)
 

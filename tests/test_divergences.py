@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers.textbook import TEXTBOOK, kl
 from trl_bayes.divergences import (
     DIVERGENCES,
     Divergence,
@@ -56,29 +57,14 @@ def integral(function: Callable[[np.ndarray], np.ndarray], low: float, high: flo
 # Definitions
 
 
-# f and f' as formulas.md writes them, in t.
-TEXTBOOK: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
-    "forward_kl": (lambda t: -math.log(t), lambda t: -1 / t),
-    "reverse_kl": (lambda t: t * math.log(t), lambda t: 1 + math.log(t)),
-    "jensen_shannon": (
-        lambda t: (t * math.log(t) - (t + 1) * math.log((t + 1) / 2)) / 2,
-        lambda t: (math.log(2) - math.log1p(1 / t)) / 2,
-    ),
-    "total_variation": (lambda t: abs(t - 1) / 2, lambda t: (t > 1) / 2 - (t < 1) / 2),
-    "squared_hellinger": (lambda t: (math.sqrt(t) - 1) ** 2, lambda t: 1 - t**-0.5),
-    "pearson_chi2": (lambda t: (t - 1) ** 2, lambda t: 2 * (t - 1)),
-    "neyman_chi2": (lambda t: (1 - t) ** 2 / t, lambda t: 1 - t**-2),
-}
-
-
 @pytest.mark.parametrize("name", NAMED)
 @for_all(t=st.floats(1e-3, 1e3))
 def test_f_and_slope_are_the_textbook_ones(name: str, t: float) -> None:
-    divergence, (f, slope) = get_divergence(name), TEXTBOOK[name]
-    u = scalar(t).log()
-    assert divergence.f(u).item() == pytest.approx(f(t), rel=1e-9, abs=1e-11)
+    divergence, textbook, x = get_divergence(name), TEXTBOOK[name], scalar(t)
+    assert divergence.f(x.log()).item() == pytest.approx(textbook.f(x).item(), rel=1e-9, abs=1e-11)
     if name != "total_variation" or abs(t - 1) > 1e-9:
-        assert divergence.slope(u).item() == pytest.approx(slope(t), rel=1e-9, abs=1e-11)
+        assert divergence.slope(x.log()).item() == pytest.approx(textbook.slope(x).item(), rel=1e-9, abs=1e-11)
+    assert divergence.slope_at_infinity == textbook.slope_at_infinity
 
 
 @for_all(a=st.floats(-3, 4).filter(lambda a: abs(a) > 0.05 and abs(a - 1) > 0.05), t=st.floats(1e-2, 1e2))
@@ -331,26 +317,10 @@ def test_float32_is_accurate(divergence: Divergence, u: float) -> None:
 probabilities = st.lists(st.floats(0.01, 1.0), min_size=5, max_size=5).map(lambda v: np.array(v) / np.sum(v))
 
 
-def kl(p: np.ndarray, q: np.ndarray) -> float:
-    return float((p * np.log(p / q)).sum())
-
-
-# (pi, p) -> D(pi||p)
-DEFINITIONS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "forward_kl": lambda pi, p: kl(p, pi),
-    "reverse_kl": lambda pi, p: kl(pi, p),
-    "jensen_shannon": lambda pi, p: (kl(pi, (pi + p) / 2) + kl(p, (pi + p) / 2)) / 2,
-    "total_variation": lambda pi, p: float(np.maximum(pi - p, 0).sum()),
-    "squared_hellinger": lambda pi, p: 2 - 2 * float(np.sqrt(pi * p).sum()),
-    "pearson_chi2": lambda pi, p: float((pi**2 / p).sum()) - 1,
-    "neyman_chi2": lambda pi, p: float((p**2 / pi).sum()) - 1,
-}
-
-
 @pytest.mark.parametrize("name", NAMED)
 @for_all(pi=probabilities, p=probabilities)
 def test_divergence_of_two_enumerated_distributions(name: str, pi: np.ndarray, p: np.ndarray) -> None:
-    divergence, expected = get_divergence(name), DEFINITIONS[name](pi, p)
+    divergence, expected = get_divergence(name), TEXTBOOK[name].of(pi, p)
     u = torch.from_numpy(np.log(pi) - np.log(p))
     assert (torch.from_numpy(p) * divergence.f(u)).sum().item() == pytest.approx(expected, abs=1e-11, rel=1e-11)
     assert (torch.from_numpy(pi) * divergence.f_over_t(u)).sum().item() == pytest.approx(
@@ -405,16 +375,7 @@ def test_dilogarithm_at_minus_one() -> None:
 
 
 def test_names() -> None:
-    assert DIVERGENCES == (
-        "forward_kl",
-        "reverse_kl",
-        "jensen_shannon",
-        "total_variation",
-        "squared_hellinger",
-        "pearson_chi2",
-        "neyman_chi2",
-        "alpha",
-    )
+    assert DIVERGENCES == (*TEXTBOOK, "alpha")
     for name in NAMED:
         assert get_divergence(name).name == name
     assert get_divergence("alpha", alpha=0.5).name == "alpha"

@@ -4,7 +4,6 @@ A command is a module there with a function `main(argv)`; its name is the module
 its docstring is its help. They are found by reading the files, so that `trl-bayes --help` imports none of them.
 """
 
-import ast
 import importlib
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from . import __version__
+from .command_line.discovery import modules_with
 
 
 _FOLDER = Path(__file__).parent / "commands"
@@ -46,13 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def commands() -> dict[str, str]:
     """Names of the commands, in alphabetical order, with the first line of each one's docstring."""
-    found = {}
-    for file in sorted(_FOLDER.glob("*.py")):
-        module = ast.parse(file.read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
-            summary = (ast.get_docstring(module) or "").partition("\n")[0]
-            found[file.stem.replace("_", "-")] = summary
-    return found
+    return modules_with("main", [_FOLDER])
 
 
 def help_text() -> str:

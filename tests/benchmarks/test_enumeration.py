@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.llama import SIZES
 from trl_bayes.benchmarks.enumeration import (
     Completions,
     PolicyFit,
@@ -27,18 +28,9 @@ LETTERS, EOS = [3, 0, 5], 4
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=6,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.5,
-        attention_dropout=0.5,  # a scorer that forgets eval mode is found out
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
+    special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
+    # With dropout: a scorer that forgets eval mode is found out
+    config = LlamaConfig(**{**SIZES, **special, "vocab_size": 6, "initializer_range": 0.5, "attention_dropout": 0.5})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config)

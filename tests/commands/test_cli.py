@@ -9,20 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.trainers import TRAINERS
 from trl_bayes import __version__, cli
 
 
 ROOT = Path(__file__).parents[2]
-TRAINING = {"kl-rl", "f-dpg", "dpg", "tb"}
+TRAINING = {name.replace("_", "-") for name in TRAINERS}
 
 
 def test_commands_are_those_of_the_folder_and_take_argv() -> None:
     names = cli.commands()
-    assert TRAINING | {"env", "bench", "bench-step"} <= names.keys()
+    assert TRAINING | {"env", "bench"} <= names.keys()
     assert not {"training", "parser", "launch", "--init--"} & names.keys()  # shared code is no command
     for name, summary in names.items():
         assert summary, name
-    for name in ("bench", "bench_step", "env", "f_dpg"):
+    for name in ("bench", "env", "f_dpg"):
         main = importlib.import_module(f"trl_bayes.commands.{name}").main
         assert inspect.signature(main).parameters["argv"].default is None
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_bayes import cli
 from trl_bayes.benchmarks.tiny import balance_task, build_tiny_model
 from trl_bayes.command_line.evaluation import name_policies
-from trl_bayes.evaluation.evaluate import Estimate
-from trl_bayes.evaluation.report import Report, read_report
+from trl_bayes.evaluation.files import read_report
+from trl_bayes.evaluation.report import Report
+from trl_bayes.statistics.estimate import Estimate
 
 
 TASK = balance_task()

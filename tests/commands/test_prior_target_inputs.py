@@ -15,8 +15,8 @@ TASK = letter_count_task()
 
 
 @pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return TASK.build_model(tmp_path_factory.mktemp("prior"))
+def prior(letters_prior: str) -> str:
+    return letters_prior
 
 
 @pytest.mark.parametrize(

@@ -145,15 +145,15 @@ def test_groups_that_span_processes(launched: Launched, backend: str, scripted: 
 @pytest.mark.parametrize("case", ["kl_rl", "f_dpg", "dpg", "dpg_replay"])
 def test_running_evidence_agrees(launched: Launched, backend: str, case: str) -> None:
     (one,), results = launched("one")(case), launched(backend)(case)
-    expected = one["posterior_state"]["running_partition"]
+    expected = one["posterior_state"]["partition"]["running"]
     assert len(expected["keys"]) == len(TASK.prompts)
     assert sum(expected["count"]) > BATCH  # visits of several steps, of both processes
     for result in results:
-        state = result["posterior_state"]["running_partition"]
+        state = result["posterior_state"]["partition"]["running"]
         assert state["keys"] == expected["keys"]
         assert state["count"] == expected["count"]
         assert state["log_sum"] == pytest.approx(expected["log_sum"], rel=1e-5, abs=1e-5)
-        assert state == results[0]["posterior_state"]["running_partition"]
+        assert state == results[0]["posterior_state"]["partition"]["running"]
         assert result["num_tokens"] == one["num_tokens"]
 
 
@@ -173,14 +173,18 @@ def test_replay_of_all_processes_is_that_of_one(launched: Launched, backend: str
         assert [len(batch["usable"]) for batch in result["batches"]] == [share, *[2 * share] * 3]
 
 
+def learned(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a process has learned from samples of the prior: the target's state, and log Z of each prompt."""
+    state = result["posterior_state"]
+    return [state["target"], state["partition"]["prior_samples"]]
+
+
 def test_samples_of_the_prior_agree(launched: Launched, backend: str) -> None:
     """What is learned from the same samples: the target and log Z of each prompt."""
     (one,), results = launched("one")("calibrated"), launched(backend)("calibrated")
-    assert {"target", "prior_log_z"} <= one["posterior_state"].keys()
     for result in results:
-        for name in ("target", "prior_log_z"):
-            state, expected = result["posterior_state"][name], one["posterior_state"][name]
-            assert state.keys() == expected.keys()
+        for state, expected in zip(learned(result), learned(one), strict=True):
+            assert state.keys() == expected.keys() != set()
             assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(expected[key])) for key in expected)
 
 
@@ -195,10 +199,9 @@ def test_samples_of_the_prior_drawn_by_two(launched: Launched, backend: str, mod
     close(torch.tensor(samples["log_prior"]).float(), log_prob(models / "policy", prompts, samples["completion_ids"]))
     chunks = [pq.read_table(file, columns=["completion_ids"]).to_pydict()["completion_ids"] for file in files]
     assert all(one != other for one, other in zip(chunks, chunks[1:], strict=False))  # no random numbers twice
-    states = [result["posterior_state"] for result in results]
-    for name in ("target", "prior_log_z"):
-        for key, value in states[0][name].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name][key]))
+    for state, other in zip(*map(learned, results), strict=True):
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key]))
     same_weights(results[0]["weights"][4], results[1]["weights"][4], tolerance=0)
 
 
@@ -279,13 +282,9 @@ def test_adapter_is_resumed_as_if_nothing_had_happened(launched: Launched, backe
 def test_more_processes_than_the_run_that_is_resumed(launched: Launched) -> None:
     """The new one knows of the evidence what all know (else they would wait for it to learn), but replays nothing."""
     results = launched("ddp")("grown_prior")
-    states = [result["posterior_state"] for result in results]
-    for name in ("target", "prior_log_z"):
-        assert states[0][name].keys() == states[1][name].keys() != set()
-        assert all(
-            torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name][key]))
-            for key, value in states[0][name].items()
-        )
+    for state, other in zip(*map(learned, results), strict=True):
+        assert state.keys() == other.keys() != set()
+        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])) for key, value in state.items())
     sizes = [[len(batch["usable"]) for batch in result["batches"]] for result in results]
     assert sizes == [[BATCH, BATCH], [BATCH // 2, BATCH]]
     same_weights(results[0]["weights"][4], results[1]["weights"][4], tolerance=0)
@@ -303,9 +302,9 @@ def assert_resumed(straight: Results, resumed: Results) -> None:
                 close(other_batch[name], batch[name], tolerance=1e-6)
         same_weights(one["weights"][4], other["weights"][4], tolerance=1e-6)
         state, other_state = one["posterior_state"], other["posterior_state"]
-        assert state["running_partition"]["keys"] == other_state["running_partition"]["keys"]
-        assert state["running_partition"]["count"] == other_state["running_partition"]["count"]
-        sums = (s["running_partition"]["log_sum"] for s in (state, other_state))
+        assert state["partition"]["running"]["keys"] == other_state["partition"]["running"]["keys"]
+        assert state["partition"]["running"]["count"] == other_state["partition"]["running"]["count"]
+        sums = (s["partition"]["running"]["log_sum"] for s in (state, other_state))
         assert next(sums) == pytest.approx(next(sums), abs=1e-6)
         buffers = state["replay_buffer"], other_state["replay_buffer"]
         assert torch.equal(buffers[0]["generator"], buffers[1]["generator"])

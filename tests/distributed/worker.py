@@ -22,20 +22,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from accelerate.utils import set_seed
-from peft import LoraConfig
 from sharding import assert_spread, full_weights
 from transformers import PrinterCallback, TrainerCallback
 
-from trl_bayes import (
-    DPGConfig,
-    DPGTrainer,
-    FDPGConfig,
-    FDPGTrainer,
-    KLRLConfig,
-    KLRLTrainer,
-    TrajectoryBalanceConfig,
-    TrajectoryBalanceTrainer,
-)
+from tests.helpers.trainers import QUIET, TRAINERS
+from tests.helpers.training import lora, watch_batches
 from trl_bayes.assets import shipped_file
 from trl_bayes.benchmarks.tiny import letter_count_task
 
@@ -44,20 +35,8 @@ TASK = letter_count_task()
 G = 4
 BATCH = 12  # three groups over all processes: with two processes the second group spans both
 BETA = 0.7
-CLASSES: dict[str, tuple[type, type]] = {
-    "kl_rl": (KLRLTrainer, KLRLConfig),
-    "f_dpg": (FDPGTrainer, FDPGConfig),
-    "dpg": (DPGTrainer, DPGConfig),
-    "tb": (TrajectoryBalanceTrainer, TrajectoryBalanceConfig),
-}
 DEFAULTS: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "save_strategy": "no",
+    **QUIET,
     "max_steps": 4,
     # Plain gradient descent without clipping: a difference in the weights is one in the gradients
     "optim": "sgd",
@@ -181,28 +160,21 @@ def script(trainer: Any) -> None:
 def record(trainer: Any) -> list[dict[str, Any]]:
     """This process's part of every batch that the trainer will generate, replayed completions included."""
     recorded: list[dict[str, Any]] = []
-    generate, posterior_terms = trainer._generate_and_score_completions, trainer._posterior_terms
 
-    def generate_and_record(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        prompts = [row["prompt"] for row in inputs]
-        batch = generate(inputs)
+    def see_batch(rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         tensors = {name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        prompts = [row["prompt"] for row in rows]
         recorded.append({**tensors, "prompts": prompts, "is_training": trainer.model.training})
-        return batch
 
-    def terms_and_record(output: dict[str, Any], *args: Any) -> dict[str, torch.Tensor]:
-        terms = posterior_terms(output, *args)
-        if "row" in output:  # in the order into which TRL has shuffled the batch
-            recorded[-1].update({name: term[output["row"].argsort()].clone() for name, term in terms.items()})
-        return terms
+    def see_terms(terms: dict[str, torch.Tensor]) -> None:
+        recorded[-1].update({name: term.clone() for name, term in terms.items()})
 
-    trainer._generate_and_score_completions = generate_and_record
-    trainer._posterior_terms = terms_and_record
+    watch_batches(trainer, see_batch, see_terms)
     return recorded
 
 
 def make_trainer(case: Case, name: str, options: argparse.Namespace, callback: TrainerCallback) -> Any:
-    trainer_class, config_class = CLASSES[case.kind]
+    row = TRAINERS[case.kind]
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     config = {**DEFAULTS, **case.config}
     config["gradient_accumulation_steps"] = 2 if case.accumulates and world_size > 1 else 1
@@ -216,17 +188,17 @@ def make_trainer(case: Case, name: str, options: argparse.Namespace, callback: T
         config |= {"eval_strategy": "steps", "eval_steps": 2}
     if case.shares_prior_samples:
         config["prior_samples_dir"] = f"{options.models}/prior_samples"
-    args = config_class(output_dir=f"{options.out}/{case.resumes or name}", **config)
+    args = row.config(output_dir=f"{options.out}/{case.resumes or name}", **config)
     if options.backend == "fsdp2":  # accelerate has no FSDP without a GPU, unless it takes this for a run on GPUs
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     set_seed(0)  # of a new adapter
-    trainer = trainer_class(
+    trainer = row.trainer(
         model=f"{options.models}/policy",
         reward_funcs=case.reward,
         args=args,
         train_dataset=TASK.dataset(6),
         eval_dataset=TASK.dataset(BATCH) if case.evaluates else None,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if case.lora else None,
+        peft_config=lora(target_modules="all-linear") if case.lora else None,
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)

@@ -24,25 +24,13 @@ from trl_bayes.benchmarks.tiny import (
     letter_count_task,
 )
 from trl_bayes.evaluation import evaluate as ev
-from trl_bayes.evaluation.evaluate import (
-    Estimate,
-    Evaluation,
-    Posterior,
-    PriorReference,
-    Scored,
-    condition,
-    draw_prior,
-    estimate_log_z,
-    evaluate,
-    evaluate_posterior,
-    evaluate_prior,
-    log_z_per_prompt,
-    mass_outside,
-    measure,
-    rejection,
-    stratified_mean,
-)
-from trl_bayes.language_models.samples import Samples
+from trl_bayes.evaluation.distances import mass_outside
+from trl_bayes.evaluation.evaluate import Evaluation, evaluate, evaluate_posterior, evaluate_prior, measure
+from trl_bayes.evaluation.posterior import Posterior, condition, rejection
+from trl_bayes.language_models.completions import Completions
+from trl_bayes.language_models.settings import SamplingSettings
+from trl_bayes.prior.reference import PriorReference, draw_prior
+from trl_bayes.statistics.estimate import Estimate
 from trl_bayes.targets import Constraint, Moments, Target, Tempered, Tilt
 
 
@@ -94,12 +82,12 @@ def enumerated(request: pytest.FixtureRequest) -> World:
     return made._replace(max_log_potential=None) if request.param == "unbounded" else made
 
 
-def draw(log_probs: Tensor, num_per_prompt: int, generator: torch.Generator) -> Samples:
+def draw(log_probs: Tensor, num_per_prompt: int, generator: torch.Generator) -> Completions:
     """Outcome number i has the completion ids [i]."""
     outcomes = torch.multinomial(log_probs.exp(), num_per_prompt, replacement=True, generator=generator)  # (P, n)
     ids = [[i] for i in outcomes.flatten().tolist()]
     index = torch.arange(len(log_probs)).repeat_interleave(num_per_prompt)
-    return Samples(
+    return Completions(
         prompts=[str(p) for p in range(len(log_probs))],
         prompt_ids=[[0]] * len(log_probs),
         prompt_index=index,
@@ -109,22 +97,24 @@ def draw(log_probs: Tensor, num_per_prompt: int, generator: torch.Generator) -> 
     )
 
 
-def look_up(table: Tensor, samples: Samples) -> Tensor:
+def look_up(table: Tensor, samples: Completions) -> Tensor:
     if not len(samples):
         return table.new_zeros(0)
     return table[samples.prompt_index, torch.tensor(samples.completion_ids).squeeze(1)]
 
 
-def scored(w: World, log_policy: Tensor, num_per_prompt: int, generator: torch.Generator) -> Scored:
+def scored(w: World, log_policy: Tensor, num_per_prompt: int, generator: torch.Generator) -> Completions:
     samples = draw(log_policy, num_per_prompt, generator)
-    return Scored(
-        samples, look_up(log_policy, samples), look_up(w.log_prior, samples), look_up(w.rewards, samples).unsqueeze(1)
+    return samples.with_known(
+        log_policy=look_up(log_policy, samples),
+        log_prior=look_up(w.log_prior, samples),
+        rewards=look_up(w.rewards, samples).unsqueeze(1),
     )
 
 
 def reference(w: World, num_per_prompt: int, seed: int) -> Posterior:
     generator = torch.Generator().manual_seed(seed)
-    prior = PriorReference(scored(w, w.log_prior, num_per_prompt, generator), ["r"], {})
+    prior = PriorReference(scored(w, w.log_prior, num_per_prompt, generator), ["r"], SamplingSettings(1))
     return condition(prior, w.target, max_log_potential=w.max_log_potential, seed=seed)
 
 
@@ -132,7 +122,7 @@ def measured(w: World, seed: int, num_per_prompt: int = 400) -> Evaluation:
     posterior = reference(w, num_per_prompt, seed)
     generator = torch.Generator().manual_seed(10_000 + seed)
     of_policy = scored(w, w.log_policy, num_per_prompt, generator)
-    at_posterior = look_up(w.log_policy, posterior.points.samples)
+    at_posterior = look_up(w.log_policy, posterior.points)
     return measure(posterior, of_policy, at_posterior, diversity=False)
 
 
@@ -212,8 +202,8 @@ def test_rejection_samples_have_the_posteriors_distribution(enumerated: World) -
     log_posterior = (enumerated.log_prior + phi).log_softmax(dim=1)
     statistic, degrees = 0.0, 0
     for p in range(NUM_PROMPTS):
-        mine = posterior.exact.samples.prompt_index == p
-        ids = torch.tensor(posterior.exact.samples.completion_ids).squeeze(1)[mine]
+        mine = posterior.exact.prompt_index == p
+        ids = torch.tensor(posterior.exact.completion_ids).squeeze(1)[mine]
         observed = torch.bincount(ids, minlength=NUM_OUTCOMES)
         expected = log_posterior[p].exp() * observed.sum()
         assert observed[expected == 0].sum() == 0
@@ -296,57 +286,34 @@ def test_a_rare_event_is_flagged(seed: int) -> None:
             assert not evaluation.metrics[name].trusted and evaluation.metrics[name].note, (name, target)
 
 
-def test_evidence_that_a_bound_shows_to_be_missing() -> None:
-    """All weights are equal and the effective sample size is full, but a completion may exist that dwarfs them."""
-    phi, index = torch.full((1000,), -20.0), torch.zeros(1000, dtype=torch.int64)
-    assert estimate_log_z(phi, index, 1).trusted
-    estimate = estimate_log_z(phi, index, 1, max_log_potential=0.0)
-    assert not estimate.trusted and "too rare to have been seen" in estimate.note
-    assert estimate_log_z(phi, index, 1, max_log_potential=-15.0).trusted  # 1000 e^-5 = 6.7 of the bound
-
-
-def test_log_z_by_hand() -> None:
-    phi = torch.tensor([0.0, -math.inf, 0.0, 0.0, math.log(2.0), 0.0, -math.inf])
-    index = torch.tensor([0, 0, 0, 0, 1, 1, 2])
-    z = log_z_per_prompt(phi, index, 3)
-    torch.testing.assert_close(z.log_z, torch.tensor([0.75, 1.5, 0.0], dtype=torch.float64).log())
-    torch.testing.assert_close(z.effective_samples, torch.tensor([3, 9 / 5, 0.0], dtype=torch.float64))
-    assert z.variance[0].item() == pytest.approx((1 / 3 - 1 / 4) * 4 / 3)
-    assert z.variance[2].isnan()
-    estimate = estimate_log_z(phi, index, 3)
-    assert estimate.value == -math.inf and not estimate.trusted
-    shifted = log_z_per_prompt(phi + 5000, index, 3)  # no overflow
-    torch.testing.assert_close(shifted.log_z, z.log_z + 5000)
-
-
 def test_no_evidence_at_all_and_few_samples(enumerated: World) -> None:
     nothing = replace_rewards(reference(enumerated, 40, 0), 0.0, Constraint())
-    assert len(nothing.exact.samples) == 0
+    assert len(nothing.exact) == 0
     for evaluation in (
-        measure(nothing, nothing.prior.scored, torch.zeros(0)),
+        measure(nothing, nothing.prior.completions, torch.zeros(0)),
         evaluate_posterior(nothing),
         evaluate_prior(nothing),
     ):
         assert not evaluation.metrics["log_z"].trusted
         assert not evaluation.metrics["self_bleu"].trusted
         json.dumps(evaluation.to_dict(), allow_nan=False)
-    assert math.isnan(measure(nothing, nothing.prior.scored, torch.zeros(0)).metrics["forward_kl"].value)
+    assert math.isnan(measure(nothing, nothing.prior.completions, torch.zeros(0)).metrics["forward_kl"].value)
 
 
 def replace_rewards(posterior: Posterior, value: float, target: Target) -> Posterior:
     prior = posterior.prior
-    rewards = torch.full_like(prior.scored.rewards, value)
-    return condition(replace(prior, scored=replace(prior.scored, rewards=rewards)), target)
+    rewards = torch.full_like(prior.completions.rewards, value)
+    return condition(replace(prior, completions=prior.completions.with_known(rewards=rewards)), target)
 
 
 def test_samples_without_a_reward_are_left_out(enumerated: World) -> None:
     posterior = reference(enumerated, 100, 0)
-    rewards = posterior.prior.scored.rewards.clone()
+    rewards = posterior.prior.completions.rewards.clone()
     rewards[::4] = torch.nan
-    prior = replace(posterior.prior, scored=replace(posterior.prior.scored, rewards=rewards))
+    prior = replace(posterior.prior, completions=posterior.prior.completions.with_known(rewards=rewards))
     some = condition(prior, enumerated.target, max_log_potential=enumerated.max_log_potential)
     assert len(some.phi) == 225 and "75 samples of the prior have no reward" in some.note
-    evaluation = measure(some, replace(prior.scored, rewards=rewards), some.points.log_prior, diversity=False)
+    evaluation = measure(some, prior.completions, some.points.log_prior, diversity=False)
     assert all(not math.isnan(estimate.value) for estimate in evaluation.metrics.values())
     assert "75 samples have no reward" in evaluation.note
     with pytest.raises(ValueError, match="No sample of the prior has a reward"):
@@ -354,10 +321,7 @@ def test_samples_without_a_reward_are_left_out(enumerated: World) -> None:
 
 
 def test_bad_evidence() -> None:
-    index = torch.zeros(2, dtype=torch.int64)
     for phi in ([0.0, math.nan], [0.0, math.inf]):
-        with pytest.raises(ValueError, match=r"below \+inf and not NaN"):
-            log_z_per_prompt(torch.tensor(phi), index, 1)
         with pytest.raises(ValueError, match=r"below \+inf and not NaN"):
             rejection(torch.tensor(phi), 0.0)
     with pytest.raises(ValueError, match="above `max_log_potential=0`"):
@@ -371,14 +335,7 @@ def test_unknown_bound_is_noted() -> None:
     assert "largest seen" in evaluate_posterior(posterior).note
 
 
-def test_means() -> None:
-    values, index = torch.tensor([1.0, 3.0, 10.0, 14.0]), torch.tensor([0, 0, 1, 1])
-    estimate = stratified_mean(values, index, 2)
-    assert estimate.value == 7 and estimate.standard_error == pytest.approx(math.sqrt(1 + 4) / 2)
-    assert not estimate.trusted and estimate.note == "too few samples"
-    missing = stratified_mean(values, index, 3)
-    assert math.isnan(missing.value) and not missing.trusted
-    assert stratified_mean(torch.tensor([1.0, math.inf]), torch.tensor([0, 0]), 1).value == math.inf
+def test_no_mass_outside_has_an_error_all_the_same() -> None:
     none = mass_outside(torch.zeros(50), torch.zeros(50, dtype=torch.int64), 1)
     assert none.value == 0 and 0 < none.standard_error < 0.1 and none.note == "none of 50 samples"
 
@@ -390,7 +347,7 @@ def test_a_target_that_learns_from_the_prior() -> None:
     assert evaluate_posterior(posterior, diversity=False).metrics["reward"].value == pytest.approx(0.8, abs=0.03)
     assert "fitted to the same samples" in posterior.note
     power = reference(w._replace(target=Tempered(1.5)), 50, 0)
-    torch.testing.assert_close(power.phi, power.prior.scored.log_prior / 2)
+    torch.testing.assert_close(power.phi, power.prior.completions.log_prior / 2)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -415,22 +372,50 @@ def test_with_models(tmp_path: Any) -> None:
     prior, policy = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     funcs: list[Callable[..., Any]] = [task.reward_func]
-    drawn = draw_prior(prior, tokenizer, task.prompts, funcs, 2000, max_new_tokens=6, batch_size=1000)
+    drawn = draw_prior(prior, tokenizer, task.prompts, funcs, 2000, SamplingSettings(6, batch_size=1000))
     target = Tilt(beta=0.6)
     posterior = condition(drawn, target, max_log_potential=0.5 / 0.6, diversity_per_prompt=1000)
-    evaluation, samples = evaluate(policy, prior, tokenizer, funcs, posterior, num_per_prompt=1000, batch_size=1000)
+    evaluation, samples = evaluate(policy, prior, tokenizer, funcs, posterior, num_per_prompt=1000)
     exact = task.evaluate(policy, tokenizer, prior, lambda rewards: rewards / 0.6)
     for name in ("forward_kl", "reverse_kl", "total_variation", "kl_prior", "entropy"):
         estimate = evaluation.metrics[name]
         assert estimate.trusted, (name, estimate)
         assert abs(estimate.value - getattr(exact, name)) < 3.9 * estimate.standard_error, (name, estimate)
-    assert evaluation.num_samples == len(samples.samples) == 4000
+    assert evaluation.num_samples == len(samples) == 4000 and "stop" not in evaluation.note
     rows = [evaluation, evaluate_posterior(posterior), evaluate_prior(posterior)]
-    exact_per_prompt = torch.bincount(posterior.exact.samples.prompt_index)
+    exact_per_prompt = torch.bincount(posterior.exact.prompt_index)
     assert {row.num_diversity_samples for row in rows} == {int(exact_per_prompt.clamp(max=1000).sum())}
     assert 0 < evaluation.metrics["distinct_2"].value < 1
     with pytest.raises(ValueError, match="There are 2 reward functions"):
         evaluate(policy, prior, tokenizer, funcs * 2, posterior, num_per_prompt=1)
+
+
+@pytest.mark.parametrize("stops", [{"prior": "c"}, {"policy": "c"}, {"prior": "b", "policy": "c"}])
+def test_a_policy_stops_where_the_prior_does(stops: dict[str, str], tmp_path: Any) -> None:
+    """The prior's generation config has two stop tokens, the policy (same weights) lacks the file; and siblings.
+
+    Sampled with its own stop tokens, the policy's completions were no outcomes of the prior: KL(pi||p) was negative.
+    """
+    task = balance_task()
+    folder = task.build_model(tmp_path / "prior")
+    models = {name: AutoModelForCausalLM.from_pretrained(folder) for name in ("prior", "policy")}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    eos = tokenizer.eos_token_id
+    for name, model in models.items():
+        letter = stops.get(name)
+        model.generation_config.eos_token_id = eos if letter is None else [eos, tokenizer.get_vocab()[letter]]
+    settings = SamplingSettings(6, batch_size=1000)
+    drawn = draw_prior(models["prior"], tokenizer, task.prompts, [task.reward_func], 500, settings)
+    posterior = condition(drawn, Tilt(beta=1e9))  # the prior itself
+    ends = {eos} if "prior" not in stops else {eos, tokenizer.get_vocab()[stops["prior"]]}
+    evaluation, samples = evaluate(
+        models["policy"], models["prior"], tokenizer, [task.reward_func], posterior, num_per_prompt=500
+    )
+    for ids, ended in zip(samples.completion_ids, samples.ended.tolist(), strict=True):
+        assert ended == (ids[-1] in ends) and not {*ids[:-1]} & ends
+    for name in ("reverse_kl", "forward_kl", "kl_prior"):
+        assert evaluation.metrics[name].value == pytest.approx(0, abs=1e-5), name
+    assert "it would stop at other tokens" in evaluation.note
 
 
 def test_several_rewards() -> None:
@@ -443,9 +428,3 @@ def test_several_rewards() -> None:
     }
     weighted = ev._reward_columns(["a", "b"], torch.tensor([1.0, -0.5]), rewards)
     assert weighted["reward"][:2].tolist() == [0, 3] and weighted["reward"][2].isnan()
-
-
-def test_as_many_samples_of_each_prompt() -> None:
-    index = torch.tensor([1, 0, 1, 1, 0, 2])
-    assert ev._first_of_each_prompt(index, torch.tensor([1, 2, 0])).tolist() == [0, 1, 2]
-    assert ev._first_of_each_prompt(index, torch.tensor([9, 9, 9])).tolist() == [0, 1, 2, 3, 4, 5]

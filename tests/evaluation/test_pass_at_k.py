@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from trl_bayes.evaluation.evaluate import pass_at_k_estimates
-from trl_bayes.evaluation.pass_at_k import pass_at_k
+from trl_bayes.evaluation.pass_at_k import pass_at_k, pass_at_k_estimates
 
 
 def binomial(n: int, share: float) -> torch.Tensor:

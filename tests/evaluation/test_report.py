@@ -12,20 +12,13 @@ import pytest
 import torch
 
 from trl_bayes.commands.report import main
-from trl_bayes.evaluation.evaluate import Estimate, Evaluation
-from trl_bayes.evaluation.report import (
-    CurvePoint,
-    Number,
-    Report,
-    RunRecord,
-    SampleLine,
-    choose_lines,
-    format_number,
-    merge_reports,
-    read_report,
-    write_report,
-)
-from trl_bayes.language_models.samples import Samples
+from trl_bayes.evaluation.evaluate import Evaluation
+from trl_bayes.evaluation.files import merge_reports, read_report
+from trl_bayes.evaluation.page import write_report
+from trl_bayes.evaluation.report import CurvePoint, Number, Report, RunRecord, SampleLine, choose_lines
+from trl_bayes.evaluation.tables import format_number
+from trl_bayes.language_models.completions import Completions
+from trl_bayes.statistics.estimate import Estimate
 
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -253,7 +246,7 @@ def test_format(arguments: tuple[float, ...], text: str) -> None:
 
 
 def test_choose_lines() -> None:
-    samples = Samples(
+    samples = Completions(
         prompts=["a", [{"role": "user", "content": "b?"}]],
         prompt_ids=[[0], [1]],
         prompt_index=torch.tensor([0, 0, 0, 1, 1]),

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,13 +183,16 @@ def test_processes_share_the_work_and_draw_equally_often(tmp_path: Path, num_pro
 def test_kill_9_loses_nothing_that_was_reported_done_and_doubles_nothing(tmp_path: Path) -> None:
     """Two kills at different moments, each while chunks are being drawn, then a run to the end."""
     script = textwrap.dedent(f"""
-        import sys, time, torch
+        import itertools, sys, time, torch
         from pathlib import Path
         from trl_bayes.prior.samples import Draw, PriorSamples
 
+        calls = itertools.count(1)
+
         def draw(rows, seed):
             print(len(samples.missing()), flush=True)  # what is reported done: the rest
-            time.sleep(0.02)
+            if next(calls) == int(sys.argv[2]):
+                time.sleep(600)  # until it is killed
             lengths = torch.randint(1, 1_000_000, (len(rows),)).float()
             return Draw([[1]] * len(rows), -lengths, lengths.unsqueeze(1), [str(n) for n in lengths.tolist()])
 
@@ -198,18 +200,17 @@ def test_kill_9_loses_nothing_that_was_reported_done_and_doubles_nothing(tmp_pat
         samples.collect(draw, ["a", "b", "c"], progress=False)
     """)
     command = [sys.executable, "-c", script, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     kept: list[dict[str, Any]] = []
     for chunks in (5, 20):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        with subprocess.Popen([*command, str(chunks)], stdout=subprocess.PIPE, text=True, env=environment) as process:
             assert process.stdout is not None
             for _ in range(chunks):
                 reported_missing = int(process.stdout.readline())
-            time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
         rows = rows_on_disk(tmp_path)
-        assert 300 - reported_missing <= len(rows) < 300
+        assert len(rows) == 300 - reported_missing
         assert rows[: len(kept)] == kept
         kept = rows
     (tmp_path / ".samples-000000000299.parquet.left").write_bytes(b"half a file")

@@ -1,4 +1,4 @@
-"""Scored prior samples: the evidence that they give, its standard error, and the table by prompt key."""
+"""Scored prior samples: the log Z that they give, its standard error, and the table by prompt key."""
 
 import math
 from pathlib import Path
@@ -87,12 +87,12 @@ def test_log_z_does_not_overflow(size: float) -> None:
     assert estimate.ess.item() == pytest.approx((1 + math.e) ** 2 / (1 + math.e**2) / 2)
 
 
-def test_chi_squared_has_no_evidence_to_estimate(enumerated: Any) -> None:
+def test_chi_squared_has_no_z_to_estimate(enumerated: Any) -> None:
     """On the samples that tau was fitted to, Z is 1 exactly."""
     prior = enumerated.sample(enumerated.feature("a").unsqueeze(1), 500, seed=0)
     target = ChiSquared(0.2)
     target.fit(prior)
-    estimate = prior.log_z(target)
+    estimate = prior.estimate_log_z(target)
     assert estimate.log_z.tolist() == pytest.approx([0.0] * 4, abs=1e-6)
     assert (estimate.ess < 1).all()
 
@@ -134,3 +134,20 @@ def test_table_finds_prompts_in_any_order(tmp_path: Path) -> None:
         for unknown in (-4, 0, 2**59 + 2):
             with pytest.raises(ValueError, match="^1 of 2 prompts have no prior samples: draw them for every prompt"):
                 each.lookup(torch.tensor([8, unknown, unknown]))
+
+
+def test_multiplicity() -> None:
+    """Once each if nothing is said; on the CPU, whatever numbers they are."""
+    rewards, log_prior, keys = torch.zeros(3, 2, 1), torch.zeros(3, 2), torch.arange(3)
+    assert PriorScores(rewards, log_prior, keys).multiplicity.tolist() == [1.0, 1.0, 1.0]
+    given = PriorScores(rewards, log_prior, keys, multiplicity=torch.tensor([2, 0, 1]))
+    assert given.multiplicity.tolist() == [2.0, 0.0, 1.0]
+    assert given.under(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool)).multiplicity.tolist() == [2.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("multiplicity", [[1, 1], [1.0, -1.0, 1.0], [0, 0, 0], [1.0, NAN, 1.0], [1.0, INF, 1.0]])
+def test_multiplicity_refused(multiplicity: list[float]) -> None:
+    with pytest.raises(
+        ValueError, match="`multiplicity` says how often each prompt occurs in the training data: give"
+    ):
+        PriorScores(torch.zeros(3, 2, 1), torch.zeros(3, 2), torch.arange(3), multiplicity=torch.tensor(multiplicity))

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
 
+from tests.helpers.llama import llama_config
 from trl_bayes import cli
 from trl_bayes.command_line.launch import accelerate_config_file
 from trl_bayes.command_line.parser import read_recipe
@@ -220,16 +221,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: PreTrai
     folder = tmp_path_factory.mktemp("classifier")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(chat_tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            initializer_range=1.0,
-            id2label=labels,
-            label2id={name: i for i, name in labels.items()},
-        )
+        label2id = {name: i for i, name in labels.items()}
+        config = llama_config(chat_tokenizer, initializer_range=1.0, id2label=labels, label2id=label2id)
         LlamaForSequenceClassification(config).save_pretrained(folder)
     chat_tokenizer.save_pretrained(folder)
     return str(folder)

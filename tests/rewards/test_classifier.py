@@ -8,12 +8,12 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed
 
+from tests.helpers.llama import llama_config
 from trl_bayes.rewards import build_reward, classified_as
 
 
@@ -24,21 +24,10 @@ TEXTS = ["a", "good", "very bad, and then a long text", "fine", "a b c"]
 def save(folder: Path, tokenizer: PreTrainedTokenizerBase, labels: dict[int, str], **settings: Any) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            initializer_range=0.5,
-            max_position_embeddings=64,
-            id2label=labels,
-            label2id={name: i for i, name in labels.items()},
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            **settings,
-        )
+        named = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
+        special = {"eos_token_id": None, "pad_token_id": None}  # a classifier may name none
+        sizes = {"initializer_range": 0.5, "max_position_embeddings": 64}
+        config = llama_config(tokenizer, **{**named, **special, **sizes, **settings})
         LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

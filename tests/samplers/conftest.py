@@ -1,7 +1,7 @@
 """A source of completions in which every probability is known: two letters, at most three tokens, two prompts."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_bayes.samplers import Candidates, CompletionSource
+from tests.helpers.chi_square import chi_square_p_value
+from trl_bayes.samplers import Completions, CompletionSource
+from trl_bayes.samplers.source import log_weights_of
 from trl_bayes.targets import Context, Target, Tilt
 
 
@@ -79,14 +81,15 @@ class TableSource(CompletionSource):
         prior, proposal = (self.log_probs(t, prompt_index, completion_ids) for t in (self.prior, self.proposal))
         return prior - proposal
 
-    def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Candidates:
+    def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Completions:
         texts = self.decode(completion_ids)
         rewards = torch.tensor([text.count("a") - text.count("b") / 2 for text in texts], dtype=torch.float64)
         rewards = (rewards + prompt_index).unsqueeze(1)
         phi = self.target(rewards, Context(torch.zeros(len(texts)), prompt_index))
         ended = torch.tensor([row[-1:] == [EOS] for row in completion_ids], dtype=torch.bool)
-        log_ratio = self.log_ratio(prompt_index, completion_ids)
-        return Candidates(prompt_index, completion_ids, texts, ended, log_ratio, rewards, phi)
+        log_weights = log_weights_of(phi, self.log_ratio(prompt_index, completion_ids))
+        known = {"rewards": rewards, "phi": phi, "log_weights": log_weights}
+        return Completions(self.prompts, self.prompt_ids, prompt_index, completion_ids, texts, ended, known)
 
     # --- what is known of it ---------------------------------------------------------------------------------------
 
@@ -95,7 +98,7 @@ class TableSource(CompletionSource):
         ended = [(*p, EOS) for length in range(LENGTH) for p in itertools.product(range(2), repeat=length)]
         return ended + list(itertools.product(range(2), repeat=LENGTH))
 
-    def all_candidates(self, prompt: int) -> Candidates:
+    def all_candidates(self, prompt: int) -> Completions:
         rows = [list(row) for row in self.outcomes()]
         return self.evaluate(torch.full((len(rows),), prompt), rows)
 
@@ -126,27 +129,15 @@ class TableSource(CompletionSource):
         ).double()
 
 
-def chi_square_p_value(observed: Tensor, probabilities: Tensor) -> float:
-    """That counts (K,) come from a law (K,); what it excludes must not occur, cells below five expected are one."""
-    if observed[probabilities == 0].any():
-        return 0.0
-    expected = probabilities * observed.sum()
-    rare = expected < 5
-    observed = torch.cat([observed[~rare], observed[rare].sum().reshape(1)])
-    expected = torch.cat([expected[~rare], expected[rare].sum().reshape(1)])
-    inside = expected > 0
-    statistic = ((observed - expected)[inside] ** 2 / expected[inside]).sum()
-    return torch.special.gammaincc((inside.sum() - 1) / 2, (statistic / 2).float()).item()
-
-
 @pytest.fixture
 def table_source() -> type[TableSource]:
     return TableSource
 
 
 @pytest.fixture
-def p_value():
-    return chi_square_p_value
+def p_value() -> Callable[[Tensor, Tensor], float]:
+    """That counts `(K,)` come from a law `(K,)`."""
+    return lambda observed, law: chi_square_p_value(observed, law * observed.sum())
 
 
 @pytest.fixture

@@ -17,13 +17,14 @@ from trl_bayes.benchmarks.tiny import EnumerableTask, build_tiny_model
 from trl_bayes.samplers import (
     METHODS,
     BestOfN,
-    Draws,
+    Completions,
     Importance,
     Method,
     MetropolisHastings,
     QuasiRejection,
     Rejection,
     Sampler,
+    SamplingSettings,
     SequentialMonteCarlo,
 )
 from trl_bayes.targets import Calibrated, Constraint, Context, Target, Tempered, Tilt
@@ -60,11 +61,14 @@ def tokenizer(folders: dict[str, str]) -> PreTrainedTokenizerBase:
 
 def make(models: dict[str, Any], tokenizer: Any, target: Target, method: Method, **settings: Any) -> Sampler:
     rewards = settings.pop("reward_funcs", [TASK.reward_func])
-    settings = {"max_new_tokens": TASK.max_completion_length, **settings}
-    return Sampler(models["prior"], tokenizer, rewards, target, method, **settings)
+    others = {
+        name: settings.pop(name) for name in ("proposal", "reward_weights", "num_prior_samples") if name in settings
+    }
+    drawing = SamplingSettings(**{"max_new_tokens": TASK.max_completion_length, **settings})
+    return Sampler(models["prior"], tokenizer, rewards, target, method, drawing, **others)
 
 
-def laws(draws: Draws, tokenizer: Any, log_weights: Tensor | None = None) -> Tensor:
+def laws(draws: Completions, tokenizer: Any, log_weights: Tensor | None = None) -> Tensor:
     """Shares of all outcomes (P, 15), weighted."""
     completions = TASK.completions(tokenizer)
     rows = [tuple(ids[mask].tolist()) for ids, mask in zip(completions.ids, completions.mask, strict=True)]
@@ -222,13 +226,26 @@ def test_a_chat(tiny_models: Any, chat_tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_models.prior)
     prompts = [[{"role": "user", "content": "Hello"}], [{"role": "user", "content": "What is it?"}]]
     method = SequentialMonteCarlo(num_particles=3, tokens_per_step=3, twist="rewards")
-    draws = Sampler(model, chat_tokenizer, [length], Tilt(1.0), method, max_new_tokens=8).sample(prompts, 3)
+    draws = Sampler(model, chat_tokenizer, [length], Tilt(1.0), method, SamplingSettings(8)).sample(prompts, 3)
     row = draws.to_dataset()[0]
     assert row["prompt"] == prompts[0] and row["completion"] == [{"role": "assistant", "content": draws.texts[0]}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
+
+
+def test_a_proposal_stops_where_the_prior_does(folders: dict[str, str], tokenizer: Any) -> None:
+    """Whatever its own generation config says; otherwise its draws were no outcomes of the prior."""
+    models = {name: AutoModelForCausalLM.from_pretrained(folders[name]) for name in ("prior", "policy")}
+    letter = tokenizer.get_vocab()["b"]
+    models["prior"].generation_config.eos_token_id = [tokenizer.eos_token_id, letter]
+    sampler = make(models, tokenizer, TILT, Importance(), proposal=models["policy"])
+    draws = sampler.sample(TASK.prompts, 200)
+    ends = {tokenizer.eos_token_id, letter}
+    for ids, ended in zip(draws.completion_ids, draws.ended.tolist(), strict=True):
+        assert ended == (ids[-1] in ends) and not {*ids[:-1]} & ends
+    assert {ids[-1] for ids in draws.completion_ids} > {letter}
 
 
 def test_names_of_methods() -> None:
@@ -301,5 +318,8 @@ def test_infinite_evidence(models: dict[str, Any], tokenizer: Any) -> None:
         def log_potential(self, rewards: Tensor) -> Tensor:
             return torch.full_like(rewards[:, 0], math.inf)
 
-    with pytest.raises(ValueError, match="infinite log-potential"):
+    with pytest.raises(
+        ValueError,
+        match=r"^The target Infinite\(beta=1.0\) returned \+inf as log-potential, which no posterior can have",
+    ):
         make(models, tokenizer, Infinite(1.0), Importance()).sample(TASK.prompts, 2)

@@ -11,9 +11,9 @@ import numpy
 import pytest
 import torch
 
-from trl_bayes.samplers import Rejection, largest_log_potential
+from trl_bayes.samplers import Rejection
 from trl_bayes.samplers.rejection import accept_until
-from trl_bayes.targets import Constraint, LogSigmoidCentered, Product, Target, Tempered, Tilt
+from trl_bayes.targets import Constraint, Target, Tilt
 
 
 NUM = 10_000
@@ -69,14 +69,6 @@ def test_attempts_are_no_more_than_needed(table_source: Any, rng: numpy.random.G
     source = table_source(Tilt(1e9))  # everything is accepted
     found = accept_until(source, torch.tensor([30, 0]), lambda c: torch.zeros(len(c)), 1000, rng)
     assert found.attempts[1] == 0 and 30 <= found.attempts[0] < 100
-
-
-def test_the_largest_evidence_of_a_target() -> None:
-    assert largest_log_potential(Constraint()) == largest_log_potential(LogSigmoidCentered()) == 0.0
-    assert largest_log_potential(Tempered(2.0)) == 0.0
-    assert largest_log_potential(Tempered(0.5)) is largest_log_potential(Tilt(1.0)) is None
-    assert largest_log_potential(Product([Constraint(), Tempered(1.5)])) == 0.0
-    assert largest_log_potential(Product([Constraint(), Tilt(1.0)])) is None
 
 
 def test_what_is_refused(table_source: Any, rng: numpy.random.Generator) -> None:

@@ -1,12 +1,27 @@
 """What all targets share: binding reward names to columns, weights, settings, state."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from trl_bayes.targets import Constraint, Context, Target, Tilt
+from trl_bayes.targets import (
+    Calibrated,
+    ChiSquared,
+    Constraint,
+    Context,
+    LogPotentialError,
+    LogSigmoidCentered,
+    Moments,
+    Product,
+    Target,
+    Tempered,
+    Tilt,
+    identity,
+)
 
 
 NAN = math.nan
@@ -50,6 +65,87 @@ def test_only_a_target_that_needs_its_context_gets_it() -> None:
         PerPrompt()(REWARDS)
 
 
+class Changed(Target):
+    """The first reward, changed by a function."""
+
+    def __init__(self, change: Callable[[Tensor], Any]):
+        super().__init__()
+        self.change = change
+
+    def log_potential(self, rewards: Tensor) -> Tensor:
+        return self.change(rewards[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda phi: phi.unsqueeze(1), r"returned (2, 1) as log-potential: return one value per completion, a tensor"),
+        (
+            lambda phi: phi[:1],
+            r"returned (1,) as log-potential: return one value per completion, a tensor of shape (2,)",
+        ),
+        (lambda phi: phi.sum(), r"returned () as log-potential"),
+        (lambda phi: phi.tolist(), "returned list as log-potential"),
+        (lambda phi: None, "returned NoneType as log-potential"),
+        (lambda phi: phi + torch.inf, "returned +inf as log-potential, which no posterior can have: bound it."),
+        (lambda phi: torch.tensor([NAN, math.inf]), "returned +inf as log-potential"),
+    ],
+)
+def test_what_no_log_potential_can_be(change: Callable[[Tensor], Any], message: str) -> None:
+    """Refused by whoever calls the target, and in a product under the name of the factor."""
+    for target in (Changed(change), Product([Tilt(1.0), Changed(change)])):
+        with pytest.raises(LogPotentialError) as error:
+            target(REWARDS)
+        assert str(error.value).startswith(f"The target Changed() {message}")
+        assert "\n" not in str(error.value)
+
+
+def test_what_a_log_potential_can_be() -> None:
+    """-inf is for the caller to judge, who knows the divergence."""
+    values = torch.tensor([-math.inf, NAN])
+    assert torch.equal(Changed(lambda phi: values)(REWARDS).isnan(), values.isnan())
+    assert Changed(lambda phi: phi)(REWARDS[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("target", "bound"),
+    [
+        (First(), None),
+        (Tilt(1.0), None),
+        (Constraint(), 0.0),
+        (LogSigmoidCentered(), 0.0),
+        (Tempered(1.0), 0.0),
+        (Tempered(2.0), 0.0),
+        (Tempered(0.5), None),
+        (Moments({"quality": 0.5}), None),
+        (ChiSquared(1.0), None),
+        (Calibrated(identity(), 1.0), None),  # until it is fitted
+        (Product([Constraint(), Tempered(1.5)]), 0.0),
+        (Product([Product([Constraint()]), LogSigmoidCentered()]), 0.0),
+        (Product([Constraint(), Tilt(1.0)]), None),
+    ],
+    ids=repr,
+)
+def test_bound_of_phi(target: Target, bound: float | None) -> None:
+    assert target.max_log_potential() == bound
+
+
+class Below(First):
+    def __init__(self, bound: float):
+        super().__init__()
+        self.bound = bound
+
+    def max_log_potential(self) -> float:
+        return self.bound
+
+
+def test_bound_of_a_product_of_bounds_that_are_not_zero() -> None:
+    """A factor without a reward for a completion adds 0 to it, so a negative bound does not lower the sum."""
+    assert Product([Below(2.0), Below(0.5)]).max_log_potential() == 2.5
+    assert Product([Below(2.0), Below(-1.0)]).max_log_potential() == 2.0
+    assert Product([Below(-1.0)]).max_log_potential() == -1.0
+
+
 def test_a_target_that_learns_nothing() -> None:
     target = First()
     assert target.is_fitted
@@ -66,7 +162,7 @@ def test_weighted_sum() -> None:
     assert target.weighted_sum(rewards).dtype == torch.float32
 
 
-def test_a_target_must_say_what_its_evidence_is() -> None:
+def test_a_target_must_say_what_its_log_potential_is() -> None:
     with pytest.raises(TypeError, match="log_potential"):
         Target()  # type: ignore[abstract]
 

@@ -1,12 +1,16 @@
 """Targets from configuration: every form a user may write, and every message for what they may not."""
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trl_bayes.targets import Constraint, Product, Target, Tilt, build_target, worst_of_n
+import trl_bayes.targets
+from trl_bayes.targets import ChiSquared, Constraint, Product, Target, Tilt, build_target, worst_of_n
+from trl_bayes.targets.build import target_names
 
 
 class Mine(Target):
@@ -120,6 +124,70 @@ def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=re.escape("takes ['slope', 'rewards']: missing a required argument: 'slope'.")
     ):
         build_target(path, beta=0.3)
+
+
+def test_a_target_file_is_all_that_a_recipe_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in the package of targets is found by the name of its class, in a product too; with the run's beta."""
+    (tmp_path / "signed_square.py").write_text(
+        "from trl_bayes.targets import Target, Tilt\n\n\n"
+        "class SignedSquare(Target):\n"
+        "    def __init__(self, beta: float, rewards: str | None = None):\n"
+        "        super().__init__(rewards)\n"
+        "        self.beta = beta\n\n"
+        "    def log_potential(self, rewards):\n"
+        "        return (rewards[:, 0] * rewards[:, 0].abs()) / self.beta\n\n"
+        "    def settings(self):\n"
+        "        return {'beta': self.beta}\n"
+    )
+    monkeypatch.setattr(trl_bayes.targets, "__path__", [*trl_bayes.targets.__path__, str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "trl_bayes.targets.signed_square", None)  # put back as it was: absent
+    del sys.modules["trl_bayes.targets.signed_square"]
+    monkeypatch.delattr(trl_bayes.targets, "signed_square", raising=False)
+    target = build_target("signed_square", beta=0.5)
+    assert repr(target) == "SignedSquare(beta=0.5)"
+    assert target(torch.tensor([[-2.0]])).tolist() == [-8.0]
+    assert repr(build_target({"name": "product", "factors": [{"name": "signed_square", "beta": 2.0}]})) == (
+        "Product(factors=[SignedSquare(beta=2.0)])"
+    )
+    with pytest.raises(ValueError, match="Did you mean 'signed_square'"):
+        build_target("signed_squares")
+
+
+def test_names_are_those_of_the_classes() -> None:
+    assert list(target_names()) == [
+        "calibrated",
+        "chi_squared",
+        "constraint",
+        "log_sigmoid_centered",
+        "moments",
+        "product",
+        "tempered",
+        "tilt",
+    ]
+    for target_class in target_names().values():  # whatever a recipe can name can be imported
+        assert getattr(trl_bayes.targets, target_class.__name__) is target_class
+
+
+@pytest.mark.parametrize("beta", [None, 0.0])
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (None, "Tilt(beta=1.0)"),
+        ("chi_squared", "ChiSquared(beta=1.0)"),
+        ({"name": "calibrated", "transform": "identity"}, "Calibrated(transform=identity(), beta=1.0)"),
+        ({"name": "calibrated", "transform": "best_of_n", "n": 3}, "Calibrated(transform=best_of_n(n=3), beta=0.5)"),
+        ({"name": "tilt", "beta": 0.2}, "Tilt(beta=0.2)"),
+    ],
+)
+def test_default_temperature(spec: Any, expected: str, beta: float | None) -> None:
+    """Without one of the run's, as in pure RL, it is the target's own."""
+    assert repr(build_target(spec, beta)) == expected
+
+
+def test_a_class_says_its_own_default_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChiSquared, "default_beta", 3.0)
+    assert repr(build_target("chi_squared")) == "ChiSquared(beta=3.0)"
+    assert repr(build_target("tilt")) == "Tilt(beta=1.0)"
 
 
 def test_a_specification_is_not_changed() -> None:

@@ -1,6 +1,9 @@
-"""Calibrated rewards: quantiles under the prior, the laws that their transforms give, and known evidence."""
+"""Calibrated rewards: quantiles under the prior, the laws that their transforms give, and known Z."""
 
+import copy
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -104,7 +107,8 @@ def test_u_of_a_fresh_sample_is_uniform() -> None:
 def test_log_u_is_finite_below_every_prior_sample() -> None:
     target = calibrated(Calibrated(best_of_n(4)), [[1.0] * 100])
     phi = target(torch.tensor([[-1e30], [1e30]]), of_prompt(0, 2))
-    assert phi.tolist() == pytest.approx([3 * math.log(0.5 / 101), 3 * math.log(100.5 / 101)])
+    cells = [(1 / 101) ** 4, 1 - (100 / 101) ** 4]
+    assert phi.tolist() == pytest.approx([math.log(cell * 101 / 4) for cell in cells])
 
 
 def test_stretching_rewards_changes_nothing() -> None:
@@ -190,7 +194,7 @@ def test_tilting_towards_more_gives_more() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------------
-# Known evidence
+# Known Z
 
 
 @pytest.mark.parametrize(
@@ -213,7 +217,7 @@ def test_closed_forms(target: Calibrated, z: float) -> None:
     assert calibrated_law(target.transform, target.beta).log_z == pytest.approx(math.log(z), abs=1e-6)
 
 
-def test_the_known_evidence_is_that_of_fresh_samples() -> None:
+def test_the_known_z_is_that_of_fresh_samples() -> None:
     """`E[exp phi]` over fresh completions of the prior, averaged over what prior samples happened to be drawn."""
     rewards, _ = population()
     for transform, beta in ((best_of_n(4), None), (ctrl_worst_of_n(), 0.0115), (ctrl_best_of_n(), 7012.0)):
@@ -229,24 +233,166 @@ def test_the_known_evidence_is_that_of_fresh_samples() -> None:
         assert abs(mean - target.log_z(torch.tensor([0])).exp().item()) < 4 * error + 1e-3 * mean
 
 
-def test_ties_are_estimated_and_said_once(enumerated: Any) -> None:
-    """A reward of few values: log Z is that of the exact posterior, not 1/4."""
+@pytest.mark.parametrize("transform", [ctrl_best_of_n(), identity()], ids=repr)
+def test_ties_are_estimated_and_said_once(transform: Transform, enumerated: Any) -> None:
+    """A reward of few values under a transform that takes the middle rank: log Z is that of the exact posterior."""
     rewards = (2 * enumerated.feature("a") + enumerated.feature("b")).unsqueeze(1)
-    target = Calibrated(best_of_n(4))
+    target = Calibrated(transform, beta_for_kl(transform, 0.6))
     target.fit(enumerated.sample(rewards, 2000, seed=0))
     assert target.diagnostics() == {"calibrated/tied_frac": 1.0}
-    with pytest.warns(UserWarning, match=r"^100\.0% of the prior samples share their reward .* `log Z` is estimated"):
+    with pytest.warns(UserWarning, match=r"^100\.0% of the prior samples share their reward .*: it is estimated from"):
         log_z = target.log_z(enumerated.keys)
     assert torch.equal(target.log_z(enumerated.keys.flip(0)), log_z.flip(0))  # and no second warning
-    exact = [
+    exact = exact_log_z(target, rewards, enumerated)
+    assert log_z.tolist() == pytest.approx(exact, abs=0.05)
+    continuous = calibrated_law(transform, target.beta).log_z
+    assert max(abs(value - continuous) for value in exact) > 0.1
+
+
+def exact_log_z(target: Calibrated, rewards: Tensor, enumerated: Any) -> list[float]:
+    """Of each prompt, over all completions."""
+    return [
         (log_prior + target(rewards, enumerated.context(i))).logsumexp(dim=0).item()
         for i, log_prior in enumerate(enumerated.log_prior)
     ]
-    assert log_z.tolist() == pytest.approx(exact, abs=0.05)
-    assert max(abs(value + math.log(4)) for value in exact) > 0.1
 
 
-def test_in_a_product_the_evidence_is_not_known() -> None:
+# -------------------------------------------------------------------------------------------------------------------
+# Best of N with ties
+
+
+def test_best_of_16_of_a_reward_of_0_and_1() -> None:
+    """Prior rate .05: the best of 16 is a success with probability `1 - .95^16 = .560`, the worst of 16 never is."""
+    rewards = (torch.arange(M) >= 0.95 * M).double()
+    best, worst = (law_of(Calibrated(kind(16)), rewards, rewards) for kind in (best_of_n, worst_of_n))
+    assert best[rewards == 1].sum().item() == pytest.approx(1 - 0.95**16, abs=1e-3)
+    assert best[rewards == 1].sum().item() == pytest.approx(0.560, abs=1e-3)
+    assert worst[rewards == 1].sum().item() == pytest.approx(0.05**16, abs=1e-12)
+    assert kl_prior(best) == pytest.approx(
+        0.56 * math.log(0.56 / 0.05) + 0.44 * math.log(0.44 / 0.95), abs=2e-3
+    )  # and not log 16 - 15/16 = 1.835, which a continuous reward has
+
+
+@pytest.mark.parametrize("kind", [best_of_n, worst_of_n])
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_best_and_worst_of_n_with_ties_by_enumeration(kind: Callable[[int], Transform], n: int) -> None:
+    """Each class of ties has the probability that the best (worst) of n is in it; five classes of unequal size."""
+    shares = torch.tensor([0.30, 0.05, 0.40, 0.20, 0.05])
+    rewards = torch.arange(5).double().repeat_interleave((shares * M).round().long())
+    posterior = law_of(Calibrated(kind(n)), rewards, rewards)
+    reach = torch.cat([torch.zeros(1), shares.cumsum(dim=0)]).double()
+    expected = reach.pow(n).diff() if kind is best_of_n else -(1 - reach).pow(n).diff()
+    found = torch.stack([posterior[rewards == value].sum() for value in range(5)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "target", [Calibrated(best_of_n(16)), Calibrated(worst_of_n(4)), Calibrated(best_of_n(3), 2.0)]
+)
+@pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])
+def test_the_known_z_is_exact_with_ties(target: Calibrated, rate: float) -> None:
+    """
+    `E[exp phi] = Z` to rounding, over all prior samples that could have been drawn and a new completion.
+
+    With a 0/1 reward what is drawn is a number of successes among 12, so that all can be summed over.
+    """
+    total = 0.0
+    for successes in range(13):
+        probability = math.comb(12, successes) * rate**successes * (1 - rate) ** (12 - successes)
+        fitted = calibrated(target, [[1.0] * successes + [0.0] * (12 - successes)])
+        failure, success = fitted(torch.tensor([[0.0], [1.0]]).double(), of_prompt(0, 2)).exp().tolist()
+        total += probability * (rate * success + (1 - rate) * failure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is known, and does not say that it is estimated
+        log_z = target.log_z(torch.tensor([0]))
+    assert total == pytest.approx(1 / (1 + 1 / target.beta), rel=1e-12)
+    assert log_z.item() == pytest.approx(math.log(total), abs=1e-12)
+
+
+def test_ties_of_a_language_model(enumerated: Any) -> None:
+    """The posterior over all completions of a reward of three values is the law of best-of-4, and Z is 1/4."""
+    rewards = (2 * enumerated.feature("a") + enumerated.feature("b")).unsqueeze(1)
+    target = Calibrated(best_of_n(4))
+    target.fit(enumerated.sample(rewards, 20_000, seed=0))
+    assert target.log_z(enumerated.keys).tolist() == pytest.approx([math.log(1 / 4)] * 4)
+    assert exact_log_z(target, rewards, enumerated) == pytest.approx([math.log(1 / 4)] * 4, abs=0.03)
+    for prompt, log_prior in enumerate(enumerated.log_prior):
+        posterior = (log_prior + target(rewards, enumerated.context(prompt))).softmax(dim=0)
+        values = rewards.squeeze(1)
+        mass = torch.stack([log_prior.exp()[values == v].sum() for v in range(4)])
+        found = torch.stack([posterior[values == v].sum() for v in range(4)])
+        expected = torch.cat([torch.zeros(1), mass.cumsum(dim=0)]).pow(4).diff()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
+
+
+def test_without_ties_the_cells_are_those_of_the_ranks() -> None:
+    """`phi` of a completion is the mean over its own cell, and the cells of all ranks add up to Z = 1/N exactly."""
+    target = calibrated(Calibrated(best_of_n(7)), [[1.0, 2.0, 3.0, 4.0, 5.0]])
+    phi = target(torch.tensor([[0.5], [1.5], [2.5], [3.5], [4.5], [5.5]]).double(), of_prompt(0, 6))
+    assert phi.exp().mean().item() == pytest.approx(1 / 7, rel=1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Bounds, and how many samples it takes
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Calibrated(best_of_n(4)),
+        Calibrated(worst_of_n(8)),
+        Calibrated(ctrl_worst_of_n(), 0.01),
+        Calibrated(Transform("hump", lambda u: u * (1 - u)), 0.1),
+    ],
+    ids=repr,
+)
+def test_bound_of_phi(target: Calibrated) -> None:
+    """Reached by some completion, and by none exceeded; known once the target is fitted."""
+    assert copy.deepcopy(target).max_log_potential() is None
+    prior = [[1.0, 1.0, 2.0, 2.0, 2.0, 7.0], [NAN] * 6, [1.0, 2.0, 3.0, NAN, NAN, NAN]]
+    calibrated(target, prior)
+    rewards = torch.linspace(0, 8, 33).double().unsqueeze(1)
+    phi = torch.cat([target(rewards, of_prompt(key, 33)) for key in range(3)])
+    assert target.max_log_potential() == pytest.approx(phi.max().item(), abs=1e-12)
+
+
+def test_too_few_samples_for_the_distance_from_the_prior() -> None:
+    """
+    K samples resolve about log K - 2 nats.
+
+    At a budget of 5 nats and K = 100, log Z from the ranks is off by .63; with as many as are asked for by .006.
+    """
+    transform = ctrl_best_of_n()
+    target = Calibrated(transform, beta_for_kl(transform, 5.0))
+    with pytest.warns(
+        UserWarning, match=r"^100 samples of the prior .* 2\.6 nats from .* 5 nats away: .* to 1,09[67],"
+    ):
+        target.warn_of_too_few_samples(100)
+
+    def error(num_samples: int) -> float:
+        ranks = torch.arange(num_samples).double().tolist()
+        known = calibrated(target, [ranks]).log_z(torch.tensor([0])).item()
+        return abs(known - calibrated_law(transform, target.beta).log_z)
+
+    assert error(100) == pytest.approx(0.626, abs=1e-3)
+    assert error(1097) == pytest.approx(0.006, abs=1e-3)
+    target.warn_of_too_few_samples(1097)
+
+
+@pytest.mark.parametrize(("target", "enough"), [(Calibrated(best_of_n(4)), 14), (Calibrated(worst_of_n(64)), 177)])
+def test_too_few_samples_for_a_large_n(target: Calibrated, enough: int) -> None:
+    for holder in (target, Product([Tilt(1.0), target])):
+        holder.warn_of_too_few_samples(enough)
+        with pytest.warns(UserWarning, match=rf"^{enough - 1} samples of the prior .* prior samples to {enough}, or"):
+            holder.warn_of_too_few_samples(enough - 1)
+    Tilt(1.0).warn_of_too_few_samples(1)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# In a product
+
+
+def test_in_a_product_log_z_is_not_known() -> None:
     single = Product([calibrated(Calibrated(best_of_n(2)), [[1.0, 2.0, 3.0]])])
     log_z = single.log_z(torch.tensor([0]))
     assert log_z is not None

@@ -89,11 +89,14 @@ def counting() -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda phi: phi.tolist(), "it returns list and not a tensor"),
-        (lambda phi: phi.unsqueeze(1), r"it returns shape \(768, 1\) for 768 completions: one value each, \(768,\)"),
+        (lambda phi: phi.tolist(), "returned list as log-potential: return one value per completion"),
+        (lambda phi: phi.unsqueeze(1), r"returned \(768, 1\) as log-potential: .* of shape \(768,\)"),
         (lambda phi: phi.double(), "it returns torch.float64 for rewards of torch.float32"),
         (lambda phi: -phi.log().abs().masked_fill(phi.isnan(), math.nan), "NaN, which means 'not scored'"),
-        (lambda phi: phi.masked_fill(phi > 1, math.inf), "it returns .inf, which no posterior can have"),
+        (
+            lambda phi: phi.masked_fill(phi > 1, math.inf),
+            "returned .inf as log-potential, which no posterior can have",
+        ),
         (lambda phi: phi.masked_fill(phi < 0, -math.inf), "it returns -inf: set `hard = True`, or bound it"),
         (lambda phi: phi.nan_to_num(0.0), "a completion without any reward must have NaN"),
         (lambda phi: phi - phi.nan_to_num().mean(), "a completion in a smaller batch has another value"),
@@ -106,6 +109,16 @@ def test_broken_evidence(change: Callable[[Tensor], Any], message: str) -> None:
     assert_target_contract(Broken())
     with pytest.raises(AssertionError, match=message):
         assert_target_contract(Broken(change))
+
+
+class TooLow(Broken):
+    def max_log_potential(self) -> float:
+        return 1.0
+
+
+def test_broken_bound() -> None:
+    with pytest.raises(AssertionError, match=r"it returns .*, above its `max_log_potential` of 1"):
+        assert_target_contract(TooLow())
 
 
 class ReadsThem(Broken):

@@ -1,13 +1,14 @@
 """Moments: lambda on prior samples, and the exact moments of the posterior that it gives."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from trl_bayes.targets import Constraint, Moments, PriorScores, Product, Target, Tempered, Tilt
+from trl_bayes.targets import Constraint, LogSigmoidCentered, Moments, PriorScores, Product, Target, Tempered, Tilt
 
 
 INF, NAN = math.inf, math.nan
@@ -87,6 +88,53 @@ def test_all_prompts_weigh_the_same() -> None:
     ]
     assert of_each[0] < 0.5 < of_each[1]
     assert sum(of_each) / 2 == pytest.approx(0.7, abs=1e-6)
+
+
+def test_prompts_of_the_evaluation_do_not_move_the_target() -> None:
+    """Fitted on the two prompts of the training data, mu = .5 is .500 there, whatever else is evaluated on."""
+    rates = [300, 200, 990, 980]  # of 1,000 prior samples: two prompts to train on and two to evaluate on
+    prior = scores([[[1.0]] * rate + [[0.0]] * (1000 - rate) for rate in rates])
+    moments = fitted({"f": 0.5}, replace(prior, multiplicity=torch.tensor([1, 1, 0, 0])))
+    alone = fitted({"f": 0.5}, scores([[[1.0]] * rate + [[0.0]] * (1000 - rate) for rate in rates[:2]]))
+    assert moments.diagnostics() == alone.diagnostics()
+    assert moments.state_dict()["lambda"].tolist() == alone.state_dict()["lambda"].tolist()
+    weights = prior.log_potential(moments).softmax(dim=1)
+    of_each = (weights * prior.rewards[..., 0]).sum(dim=1)
+    assert of_each[:2].mean().item() == pytest.approx(0.5, abs=1e-6)
+    together = fitted({"f": 0.5}, prior)  # what it would be with them
+    weights = prior.log_potential(together).softmax(dim=1)
+    assert (weights * prior.rewards[..., 0]).sum(dim=1)[:2].mean().item() < 0.2
+
+
+def test_a_prompt_counts_as_often_as_it_occurs() -> None:
+    """Twice in the data is as two prompts with the same samples."""
+    rows = [[[1.0]] * 100 + [[0.0]] * 900, [[1.0]] * 600 + [[0.0]] * 400]
+    twice = fitted({"f": 0.5}, replace(scores(rows), multiplicity=torch.tensor([2, 1])))
+    written_out = fitted({"f": 0.5}, scores([rows[0], rows[0], rows[1]]))
+    once = fitted({"f": 0.5}, scores(rows))
+    lambdas = [each.diagnostics()["moments/f/lambda"] for each in (twice, written_out, once)]
+    assert lambdas[0] == pytest.approx(lambdas[1], abs=1e-7)
+    assert abs(lambdas[0] - lambdas[2]) > 0.1
+    for name in ("moments/f", "moments/f/before", "moments/ess"):
+        assert twice.diagnostics()[name] == pytest.approx(written_out.diagnostics()[name], abs=1e-7)
+
+
+def test_the_evaluation_does_not_make_a_moment_reachable() -> None:
+    """What cannot be reached on the training data is refused, although it can on the prompts of the evaluation."""
+    prior = scores([[[0.0]] * 100, [[0.0]] * 50 + [[1.0]] * 50])
+    with pytest.raises(ValueError, match="The feature 'f' never varies among the prior samples of a prompt"):
+        fitted({"f": 0.5}, replace(prior, multiplicity=torch.tensor([1, 0])))
+
+
+def test_in_a_product_the_evaluation_does_not_count_either() -> None:
+    rows = [[1.0, 1.0]] * 100 + [[0.0, 1.0]] * 300
+    product = Product([Constraint("valid"), Product([Moments({"f": 0.5}), LogSigmoidCentered("valid")])])
+    product.bind(["f", "valid"])
+    prior = scores([rows, [[1.0, 1.0]] * 300 + [[0.0, 1.0]] * 100])
+    product.fit(replace(prior, multiplicity=torch.tensor([3, 0])))
+    assert product.diagnostics()["moments/f/lambda"] == pytest.approx(math.log(3), abs=1e-7)
+    phi = prior.log_potential(product)  # the factor that learns of each prompt knows that of the evaluation
+    assert phi.isfinite().all()
 
 
 def test_a_feature_and_its_complement() -> None:

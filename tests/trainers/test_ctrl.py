@@ -10,27 +10,22 @@ import torch
 from datasets import Dataset
 from transformers import HfArgumentParser
 
+from tests.helpers.trainers import QUIET
 from trl_bayes import CTRLConfig, CTRLTrainer, KLRLConfig, KLRLTrainer, cli
-from trl_bayes.benchmarks.calibrated_benchmark import ranked_task
+from trl_bayes.benchmarks.calibrated import ranked_task
 from trl_bayes.targets import Calibrated
 from trl_bayes.targets.transforms import beta_for_kl, calibrated_law, ctrl_best_of_n, ctrl_worst_of_n
 
 
 TASK = ranked_task()
 SETTINGS: dict[str, Any] = {
+    **QUIET,
     "per_device_train_batch_size": 16,
     "num_generations": 4,
     "num_prior_samples": 20,
     "max_completion_length": TASK.max_completion_length,
     "max_steps": 2,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
 }
 
 

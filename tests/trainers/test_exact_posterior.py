@@ -21,14 +21,15 @@ from trl_bayes import (
     TrajectoryBalanceTrainer,
 )
 from trl_bayes.benchmarks.enumeration import PolicyFit
-from trl_bayes.benchmarks.exact_benchmark import Method, Problem, methods, problems, train
+from trl_bayes.benchmarks.exact_training import ExactProblem, problems, train, trainers
+from trl_bayes.benchmarks.trainings import TrainerSetup
 from trl_bayes.targets import Constraint, Product, Target, Tilt
 
 
 pytestmark = pytest.mark.slow
 PROBLEMS = problems()
 Once = Callable[[str, Callable[[], PolicyFit]], PolicyFit]
-OURS = [method for method in methods(PROBLEMS["letters"]) if method.is_ours]
+OURS = [method for method in trainers(PROBLEMS["letters"]) if method.is_ours]
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +56,11 @@ def once(
 
 
 @pytest.mark.parametrize("method", OURS, ids=lambda method: method.name.replace(" ", "-"))
-def test_reaches_the_posterior_like_rloo(method: Method, once: Once) -> None:
+def test_reaches_the_posterior_like_rloo(method: TrainerSetup, once: Once) -> None:
     problem = PROBLEMS["letters"]
-    rloo = next(m for m in methods(problem) if m.name == "TRL RLOOTrainer")
-    yardstick = once("rloo", lambda: train(problem, rloo).fit)
-    fit = train(problem, method).fit
+    rloo = next(m for m in trainers(problem) if m.name == "TRL RLOOTrainer")
+    yardstick = once("rloo", lambda: train(problem, rloo).final)
+    fit = train(problem, method).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025
     assert fit.forward_kl <= 1.15 * yardstick.forward_kl
@@ -73,8 +74,8 @@ def test_reaches_the_posterior_like_rloo(method: Method, once: Once) -> None:
 def test_conditions_on_a_rare_event(name: str, samples: str, forward_kl: float, mass_outside: float) -> None:
     """An event of prior probability 0.08; log Z is -2.5, where the prior stands."""
     problem = PROBLEMS[f"hard-{samples}"]
-    method = next(m for m in methods(problem) if m.name == name)
-    fit = train(problem, method).fit
+    method = next(m for m in trainers(problem) if m.name == name)
+    fit = train(problem, method).final
     assert fit.forward_kl <= forward_kl
     assert fit.mass_outside <= mass_outside
 
@@ -82,19 +83,21 @@ def test_conditions_on_a_rare_event(name: str, samples: str, forward_kl: float, 
 def test_dpg_gains_from_using_each_sample_four_times() -> None:
     """A batch used four times: with 25k completions it is nearer to the posterior than on-policy with 60k."""
     problem = PROBLEMS["hard-100k"]
-    dpg = next(m for m in methods(problem) if m.name == "DPGTrainer")
+    dpg = next(m for m in trainers(problem) if m.name == "DPGTrainer")
     on_policy = train(problem, dpg, max_steps=469)
     reused = train(problem, dpg, max_steps=4 * 196, num_iterations=4)
     assert (on_policy.samples, reused.samples) == (60_032, 25_088)
-    assert reused.fit.forward_kl <= on_policy.fit.forward_kl
-    assert reused.fit.mass_outside <= on_policy.fit.mass_outside
+    assert reused.final.forward_kl <= on_policy.final.forward_kl
+    assert reused.final.mass_outside <= on_policy.final.mass_outside
 
 
 def test_pure_rl_collapses() -> None:
     """beta=0 has no posterior: on the same budget it keeps less than half of the posterior's entropy."""
-    problem = Problem("letters", PROBLEMS["letters"].task, beta=0.7)
-    posterior = train(problem, Method("KLRLTrainer", KLRLTrainer, KLRLConfig), max_steps=150).fit
-    pure = train(problem, Method("pure RL", _untargeted(KLRLTrainer), KLRLConfig, {"beta": 0.0}), max_steps=150).fit
+    problem = ExactProblem("letters", PROBLEMS["letters"].task, beta=0.7)
+    posterior = train(problem, TrainerSetup("KLRLTrainer", KLRLTrainer, KLRLConfig), max_steps=150).final
+    pure = train(
+        problem, TrainerSetup("pure RL", _untargeted(KLRLTrainer), KLRLConfig, {"beta": 0.0}), max_steps=150
+    ).final
     assert pure.entropy < posterior.entropy / 2
     assert pure.forward_kl > 1.0
 
@@ -117,13 +120,13 @@ def _untargeted(trainer: Callable) -> Callable:
 )
 def test_other_divergences_and_reuse_reach_the_posterior(trainer: Callable, config: Callable, settings: dict) -> None:
     per_step = 128 if "gradient_accumulation_steps" in settings else 256
-    method = Method("variant", trainer, config, {**settings, "per_device_train_batch_size": per_step})
-    fit = train(PROBLEMS["letters"], method, max_steps=200).fit
+    method = TrainerSetup("variant", trainer, config, {**settings, "per_device_train_batch_size": per_step})
+    fit = train(PROBLEMS["letters"], method, max_steps=200).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025
 
 
-class _Conjunction(Problem):
+class _Conjunction(ExactProblem):
     """Two pieces of evidence: the tilt, and completions of at least two letters."""
 
     @property
@@ -134,7 +137,7 @@ class _Conjunction(Problem):
 def test_product_of_a_tilt_and_a_constraint() -> None:
     problem = _Conjunction("conjunction", PROBLEMS["letters"].task, beta=0.7)
     dpg = next(m for m in OURS if m.name == "DPGTrainer")
-    fit = train(problem, dpg).fit
+    fit = train(problem, dpg).final
     assert fit.forward_kl <= 0.025
     assert fit.mass_outside <= 0.01
 
@@ -144,6 +147,6 @@ def test_posterior_of_a_prior_that_is_not_the_start(name: str, tmp_path: Path) -
     """Training starts from another model; the posterior is that of `prior_model_name_or_path`."""
     problem = PROBLEMS["letters"]
     method = next(m for m in OURS if m.name == name)
-    fit = train(problem, method, start_seed=7, max_steps=300).fit
+    fit = train(problem, method, start_seed=7, max_steps=300).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025

@@ -25,16 +25,9 @@ from trl_bayes import (
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
 )
-from trl_bayes.benchmarks.calibrated_benchmark import (
-    Trained,
-    formula,
-    laws,
-    policy_rates,
-    ranked_task,
-    run_law,
-    train_on,
-)
+from trl_bayes.benchmarks.calibrated import formula, laws, policy_rates, ranked_task, run_law
 from trl_bayes.benchmarks.enumeration import PolicyFit, compare, exact_posterior, mean_fit
+from trl_bayes.benchmarks.exact_training import Trained, train_on
 from trl_bayes.benchmarks.tiny import letter_count_task
 from trl_bayes.targets import ChiSquared, Constraint, LogSigmoidCentered, Moments, Product, Target
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trl_bayes import FDPGConfig, FDPGTrainer, KLRLConfig, KLRLTrainer
+from tests.helpers.trainers import QUIET, TRAINERS
 from trl_bayes.trainers.model_card import posterior_section, with_section
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
@@ -41,25 +41,19 @@ def test_section_is_added_once_and_nothing_is_lost(card: str) -> None:
 
 
 def make_trainer(tiny_models: Any, folder: Path, pure_rl: bool = False, **settings: Any) -> PosteriorTrainer:
-    trainer_class, config_class = (KLRLTrainer, KLRLConfig) if pure_rl else (FDPGTrainer, FDPGConfig)
+    row = TRAINERS["kl_rl" if pure_rl else "f_dpg"]
     defaults = dict(
         output_dir=str(folder),
         per_device_train_batch_size=4,
         num_generations=4,
         max_completion_length=4,
         max_steps=1,
-        logging_steps=1,
         beta=0.0 if pure_rl else 0.5,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
     )
-    return trainer_class(
+    return row.trainer(
         model=tiny_models.policy,
         reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
-        args=config_class(**{**defaults, **settings}),
+        args=row.config(**{**QUIET, **defaults, **settings}),
         train_dataset=Dataset.from_dict({"prompt": ["The sky is"] * 4}),
     )
 
@@ -71,7 +65,7 @@ def test_saved_model_has_it(pure_rl: bool, tiny_models: Any, tmp_path: Path) -> 
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert ("pure RL" if pure_rl else "`Tilt(beta=0.5)`") in card
-    assert f"`{trainer.divergence.name}`" in card
+    assert f"`{trainer.estimator.divergence.name}`" in card
     assert "At step 1" in card
     assert trainer._paper["title"] in card and "@software{vonwerra2020trl" in card
 

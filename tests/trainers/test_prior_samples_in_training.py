@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,34 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_bayes import (
-    DPGConfig,
-    DPGTrainer,
-    FDPGConfig,
-    FDPGTrainer,
-    KLRLConfig,
-    KLRLTrainer,
-    TrajectoryBalanceConfig,
-    TrajectoryBalanceTrainer,
-)
+from tests.helpers.trainers import QUIET, TRAINERS
+from tests.helpers.training import from_trl, lora, step_logs
 from trl_bayes.benchmarks.tiny import letter_count_task
 from trl_bayes.language_models.fingerprint import weights_fingerprint
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
 
 TASK = letter_count_task()
-CLASSES: dict[str, tuple[Callable[..., PosteriorTrainer], Callable[..., Any]]] = {
-    "kl_rl": (KLRLTrainer, KLRLConfig),
-    "dpg": (DPGTrainer, DPGConfig),
-    "f_dpg": (FDPGTrainer, FDPGConfig),
-    "tb": (TrajectoryBalanceTrainer, TrajectoryBalanceConfig),
-}
 BEST_OF_4 = {"name": "calibrated", "transform": "best_of_n", "n": 4}
 TILT = {"name": "tilt", "beta": 0.7}
 DEFAULTS: dict[str, Any] = {
+    **QUIET,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
     "num_generations": 4,
@@ -54,18 +38,9 @@ DEFAULTS: dict[str, Any] = {
     "max_completion_length": TASK.max_completion_length,
     "max_steps": 2,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
 }
 # These rewards tie, which is said where the evidence of a calibrated target is asked for
 ties = pytest.mark.filterwarnings("ignore:.* share their reward with another:UserWarning")
-# `pytest.warns` re-issues what it did not expect under the test's name, where pyproject's filter does not look
-from_trl = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
 class Prior(NamedTuple):
@@ -106,10 +81,10 @@ class Make:
     def __call__(
         self, kind: str = "f_dpg", target: Any = None, config: dict[str, Any] | None = None, **arguments: Any
     ) -> PosteriorTrainer:
-        trainer_class, config_class = CLASSES[kind]
-        args = config_class(**{"output_dir": str(self.folder / "out"), **DEFAULTS, **(config or {})})
+        row = TRAINERS[kind]
+        args = row.config(**{"output_dir": str(self.folder / "out"), **DEFAULTS, **(config or {})})
         defaults = {"model": self.prior.path, "reward_funcs": count_a, "train_dataset": TASK.dataset(8)}
-        return trainer_class(args=args, target=target, **{**defaults, **arguments})
+        return row.trainer(args=args, target=target, **{**defaults, **arguments})
 
 
 @pytest.fixture
@@ -137,10 +112,6 @@ def weights(trainer: PosteriorTrainer) -> dict[str, torch.Tensor]:
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=f"{name} differs")
-
-
-def step_logs(trainer: PosteriorTrainer) -> list[dict[str, float]]:
-    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 # --- What is drawn ---------------------------------------------------------------------------------------------------
@@ -171,8 +142,8 @@ def test_samples_have_their_probability_under_the_prior_and_their_rewards(
     totals = torch.tensor([sum(row["rewards"]) for row in rows]).view(4, 30)
     log_z = (totals / 0.7).logsumexp(dim=1) - torch.tensor(30.0).log()
     keys = torch.tensor([row["prompt_key"] for row in rows[::30]])
-    assert trainer.prior_log_z is not None
-    torch.testing.assert_close(trainer.prior_log_z.lookup(keys).float(), log_z, rtol=0, atol=1e-4)
+    assert trainer.partition.table is not None
+    torch.testing.assert_close(trainer.partition.table.lookup(keys).float(), log_z, rtol=0, atol=1e-4)
 
 
 def test_samples_follow_the_prior(make: Make, prior: Prior, tmp_path: Path) -> None:
@@ -462,9 +433,8 @@ def test_resumed_run_is_the_uninterrupted_one_and_draws_nothing(
     resumed = draw_nothing(make(kind, target, settings, train_dataset=FOUR_STEPS))
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert_same(weights(resumed), weights(whole))
-    if whole.prior_log_z is not None:
-        assert resumed.prior_log_z is not None
-        assert torch.equal(resumed.prior_log_z.values, whole.prior_log_z.values)
+    if whole.partition.name == "prior_samples":
+        assert torch.equal(resumed.partition.table.values, whole.partition.table.values)
     assert resumed.target.diagnostics() == whole.target.diagnostics()
 
 
@@ -493,43 +463,40 @@ def test_without_its_state_a_checkpoint_needs_the_samples(make: Make, tmp_path: 
 def test_kill_9_while_sampling_and_restart(prior: Prior, tmp_path: Path) -> None:
     """Nothing that was reported done is lost, nothing is drawn twice, and training then goes through."""
     script = textwrap.dedent(f"""
-        import sys, time
+        import itertools, sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         import test_prior_samples_in_training as t
 
         prior = t.Prior({prior.path!r}, None, None)
         trainer = t.Make(prior, Path({str(tmp_path)!r}))(target=t.BEST_OF_4, config={{"num_prior_samples": 100}})
-        draw = trainer._draw_prior
+        draw, calls = trainer._draw_prior, itertools.count(1)
 
-        def slowly(rows, seed):
+        def until_killed(rows, seed):
             print("drawing", flush=True)  # what came before is on disk
-            time.sleep(0.05)
+            if next(calls) == int(sys.argv[1]):
+                time.sleep(600)
             return draw(rows, seed)
 
-        trainer._draw_prior = slowly
+        trainer._draw_prior = until_killed
         trainer.train()
         print("trained", trainer.state.global_step, flush=True)
     """)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "out" / "prior_samples"
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen([*command, "8"], stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         drawn = 0
         while drawn < 8:
             line = process.stdout.readline()
             assert line
             drawn += line.startswith("drawing")
-        time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     kept = samples_on_disk(folder)
-    assert 7 * 16 <= len(kept) < 400
-    output = subprocess.run(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment, check=True
-    ).stdout
+    assert len(kept) == 7 * 16
+    output = subprocess.run([*command, "0"], stdout=subprocess.PIPE, text=True, env=environment, check=True).stdout
     assert output.count("drawing") == (400 - len(kept)) // 16
     assert "trained 2" in output
     rows = samples_on_disk(folder)
@@ -569,12 +536,12 @@ def test_evaluation_before_training_draws_and_changes_nothing(
     metrics = evaluated.evaluate()
     assert metrics["eval_posterior/frac_unscored"] == 0
     assert len(samples_on_disk(tmp_path / "out" / "prior_samples")) == 4 * 30
-    assert evaluated.prior_log_z is not None
+    assert evaluated.partition.table is not None
 
     trainer = draw_nothing(make("f_dpg", TILT, config))
     trainer.train()
     draw_nothing(evaluated).train()  # the samples that it drew as an evaluation are those that training uses
-    assert torch.equal(evaluated.prior_log_z.values, trainer.prior_log_z.values)  # type: ignore[union-attr]
+    assert torch.equal(evaluated.partition.table.values, trainer.partition.table.values)  # type: ignore[union-attr]
 
 
 def test_evaluation_on_prompts_that_were_not_sampled_is_refused(make: Make) -> None:
@@ -582,10 +549,6 @@ def test_evaluation_on_prompts_that_were_not_sampled_is_refused(make: Make) -> N
     trainer.train()
     with pytest.raises(ValueError, match="1 of 1 prompts have no prior samples: draw them"):
         trainer.evaluate(Dataset.from_dict({"prompt": ["e e"]}))
-
-
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
 
 
 @ties
@@ -615,9 +578,9 @@ def test_replayed_completions_keep_the_fixed_evidence(kind: str, make: Make) -> 
     trainer._generate_and_score_completions = record
     trainer.train()
     assert len(batches[-1]["usable"]) == 32 and len(batches[0]["usable"]) == 16
-    assert trainer.prior_log_z is not None
+    assert trainer.partition.table is not None
     for batch in batches:
-        expected = trainer.prior_log_z.lookup(batch["prompt_key"]).to(batch["log_z"])
+        expected = trainer.partition.table.lookup(batch["prompt_key"]).to(batch["log_z"])
         torch.testing.assert_close(batch["log_z"], expected, rtol=0, atol=0)
 
 
@@ -690,7 +653,7 @@ def test_pure_rl_has_no_prior_to_sample(make: Make) -> None:
     ],
 )
 def test_evidence_that_is_not_known_is_refused(target: dict[str, Any], make: Make) -> None:
-    with pytest.raises(ValueError, match="does not know its evidence: set `partition` to 'running', 'leave_one_out'"):
+    with pytest.raises(ValueError, match="does not know its log Z: set `partition` to 'running', 'leave_one_out'"):
         make("dpg", target, {"partition": "known"})
 
 

@@ -1,5 +1,6 @@
 """Bad configurations and targets: each is refused before the first step, with one sentence that says what to set."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
+from tests.helpers.trainers import QUIET, TRAINERS, Row
 from trl_bayes import (
     DPGConfig,
     DPGTrainer,
@@ -26,8 +28,13 @@ TASK = letter_count_task()
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return TASK.build_model(tmp_path_factory.mktemp("prior"))
+def model_path(letters_prior: str) -> str:
+    return letters_prior
+
+
+def configs(condition: Callable[[Row], bool]) -> list[Callable[..., Any]]:
+    """Configurations of the trainers of which something is true."""
+    return [row.config for row in TRAINERS.values() if condition(row)]
 
 
 def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
@@ -37,11 +44,7 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         "num_generations": 4,
         "max_completion_length": 4,
         "max_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "save_strategy": "no",
+        **QUIET,
         **settings,
     }
 
@@ -59,7 +62,7 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         ({"generation_kwargs": {"do_sample": False}}, "`do_sample=False` in `generation_kwargs` .* set it to True"),
         ({"temperature": 0.0}, "`temperature=0.0` does not sample: set it above 0"),
         ({"scale_rewards": "group"}, "`scale_rewards='group'` .* set `scale_rewards='none'`"),
-        ({"scale_rewards": True}, "`scale_rewards='group'` .* set `scale_rewards='none'`"),
+        ({"scale_rewards": True}, "`scale_rewards=True` .* set `scale_rewards='none'`"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "set 'sum_then_normalize'"),
         ({"mask_truncated_completions": True}, "`mask_truncated_completions=True` drops outcomes"),
         ({"sync_ref_model": True}, "`sync_ref_model=True` moves the prior"),
@@ -75,13 +78,13 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         ({"pseudo_reward_cap": 0.0}, "`pseudo_reward_cap=0.0` must be positive"),
     ],
 )
-@pytest.mark.parametrize("config", [KLRLConfig, FDPGConfig, DPGConfig, TrajectoryBalanceConfig])
+@pytest.mark.parametrize("config", configs(lambda row: row.takes_target))
 def test_config_refuses(config: type, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         config(**arguments(tmp_path, **settings))
 
 
-@pytest.mark.parametrize("config", [FDPGConfig, DPGConfig, TrajectoryBalanceConfig])
+@pytest.mark.parametrize("config", configs(lambda row: row.takes_target and not row.allows_pure_rl))
 def test_zero_beta_is_for_pure_rl_only(config: type, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`beta=0` has no posterior .* use KLRLTrainer"):
         config(**arguments(tmp_path, beta=0.0))
@@ -93,7 +96,7 @@ def test_pure_rl_has_neither_target_nor_prior(settings: dict[str, Any], tmp_path
         KLRLConfig(**arguments(tmp_path, beta=0.0, **settings))
 
 
-@pytest.mark.parametrize("config", [FDPGConfig, TrajectoryBalanceConfig])
+@pytest.mark.parametrize("config", configs(lambda row: row.chooses_divergence))
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -107,7 +110,7 @@ def test_divergence_is_checked(config: type, settings: dict[str, Any], message: 
         config(**arguments(tmp_path, **settings))
 
 
-@pytest.mark.parametrize("config", [DPGConfig, TrajectoryBalanceConfig])
+@pytest.mark.parametrize("config", configs(lambda row: row.replays))
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -238,5 +241,5 @@ def test_target_that_returns_nonsense(model_path: str, tmp_path: Path, phi: Any,
 
 def test_grpo_settings_without_effect_are_said(model_path: str, tmp_path: Path) -> None:
     args = KLRLConfig(**arguments(tmp_path, loss_type="grpo", epsilon_high=0.28))
-    with pytest.warns(UserWarning, match=r"does not clip ratios, so \['loss_type', 'epsilon_high'\] have no effect"):
+    with pytest.warns(UserWarning, match="`loss_type` and `epsilon_high` have no effect"):
         KLRLTrainer(model_path, TASK.reward_func, args, TASK.dataset(8))

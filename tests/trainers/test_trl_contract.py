@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -33,17 +33,15 @@ from trl.trainer.utils import (
 )
 
 import trl_bayes
-from trl_bayes.trainers import posterior_config, posterior_trainer
+from tests.helpers.trainers import QUIET
+from tests.helpers.training import length_reward, lora
+from trl_bayes.trainers import batches, posterior_config, posterior_trainer
 
 
 PACKAGE = Path(trl_bayes.__file__).parent
 G = 2
 BATCH = 2 * G
 PROMPTS = ["The sky is", "Rain", "Explicit is better than", "Two plus two makes"]
-
-
-def length_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    return [len(ids) / 4 for ids in completion_ids]
 
 
 class Watched(GRPOTrainer):
@@ -81,13 +79,7 @@ def make(tiny_models: Any, tmp_path: Path) -> Make:
     def make_trainer(config: dict[str, Any] | None = None, cls: type = Watched, **arguments: Any) -> Watched:
         defaults = {
             "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
+            **QUIET,
             "max_steps": 1,
             "per_device_train_batch_size": BATCH,
             "num_generations": G,
@@ -149,11 +141,11 @@ def test_signatures_of_the_methods_that_we_override_or_call(method: str, paramet
 
 
 def test_signature_of_the_scorer() -> None:
-    # posterior_trainer.scorer_inputs passes by name, and hands on all inputs of a multimodal batch
+    # batches.scorer_inputs passes by name, and hands on all inputs of a multimodal batch
     ours = {"input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
     signature = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
     assert list(signature.parameters)[:2] == ["self", "model"]
-    assert set(list(signature.parameters)[2:]) == ours | set(posterior_trainer._MODEL_INPUTS)
+    assert set(list(signature.parameters)[2:]) == ours | set(batches._MODEL_INPUTS)
 
 
 def test_constructor_parameters_are_ours_but_for_the_target() -> None:
@@ -291,7 +283,7 @@ ALWAYS = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "adv
 def test_names_and_shapes_in_a_generated_batch(
     config: dict[str, Any], keys: list[str], make: Make, fake_vllm: type
 ) -> None:
-    # posterior_trainer._sequence_log_probs reads these and scores the policy itself where `old_per_token_logps` is
+    # batches.sequence_log_probs reads these and scores the policy itself where `old_per_token_logps` is
     # missing; replay_buffer cuts them into rows
     trainer = make(config)
     trainer.train()
@@ -418,7 +410,7 @@ def test_evaluation_has_its_own_group_size_and_is_told_by_the_model(make: Make) 
 
 
 def test_tool_results_are_masked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    # posterior_trainer.own_tokens: 1 for what the policy produced and in the padding, 0 for what came from outside
+    # batches.own_tokens: 1 for what the policy produced and in the padding, 0 for what came from outside
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
     def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
@@ -474,10 +466,6 @@ def test_masked_positions_have_finite_log_probs(make: Make) -> None:
 
 
 # --- The reference model ---------------------------------------------------------------------------------------------
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
 def test_where_the_reference_comes_from(make: Make, tiny_models: Any) -> None:
@@ -639,7 +627,7 @@ def test_attributes_that_we_read(make: Make, tiny_models: Any) -> None:
 
 
 def test_rows_of_the_dataset_reach_the_trainer_whole(make: Make) -> None:
-    # posterior_trainer._row_hashes identifies a prompt by its row; equal rows must hash alike, whatever their history
+    # batches.row_hashes identifies a prompt by its row; equal rows must hash alike, whatever their history
     dataset = Dataset.from_dict({"prompt": PROMPTS, "answer": [{"value": i, "text": str(i)} for i in range(4)]})
     trainer = make({"max_steps": 4}, train_dataset=dataset)
     trainer.train()

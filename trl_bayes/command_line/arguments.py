@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from ..samplers.base import at_least
+from ..language_models.settings import at_least
 from ..trainers.posterior_config import PosteriorConfig
 
 

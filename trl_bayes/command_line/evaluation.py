@@ -13,35 +13,18 @@ import transformers
 import trl
 from rich.table import Table
 
-from ..evaluation.evaluate import (
-    Evaluation,
-    Posterior,
-    PosteriorMethod,
-    PriorReference,
-    Scored,
-    condition,
-    draw_prior,
-    evaluate,
-    evaluate_posterior,
-    evaluate_prior,
-)
-from ..evaluation.report import (
-    DIVERSITY_COLUMNS,
-    Column,
-    Report,
-    RunRecord,
-    choose_lines,
-    distance_columns,
-    reward_columns,
-    tabulate,
-)
+from ..evaluation.evaluate import Evaluation, evaluate, evaluate_posterior, evaluate_prior
+from ..evaluation.posterior import Posterior, PosteriorMethod, condition
+from ..evaluation.report import Report, RunRecord, choose_lines
+from ..evaluation.tables import DIVERSITY_COLUMNS, Column, distance_columns, reward_columns, tabulate
+from ..language_models.completions import Completions
+from ..language_models.settings import at_least
 from ..language_models.vocabulary import check_same_vocabulary
-from ..samplers import largest_log_potential
-from ..samplers.base import at_least
+from ..prior.reference import PriorReference, draw_prior
 from .arguments import Arguments, StudyArguments
 from .folders import prepare_folder
 from .models import find_config, load_model, model_path
-from .study import Study, load_study, progress
+from .study import Study, load_study
 
 
 _METHODS: dict[str, PosteriorMethod | None] = {"auto": None, "rejection": "rejection", "importance": "importance"}
@@ -157,7 +140,7 @@ def prepare(args: EvaluateArguments, arguments: Arguments) -> Job:
     study = load_study(args, arguments)
     for name, path in policies.items():
         check_same_vocabulary(f"policy {name!r}", path, configs[name], study.prior.config, study.tokenizer, trust)
-    bound = largest_log_potential(study.target) if args.max_log_potential is None else args.max_log_potential
+    bound = study.target.max_log_potential() if args.max_log_potential is None else args.max_log_potential
     if args.method == "rejection" and bound is None:
         raise ValueError(
             f"`method=rejection` needs evidence with a known upper bound, which {study.target!r} does not have: set "
@@ -206,12 +189,8 @@ def draw_reference(job: Job) -> PriorReference:
         study.prompts,
         study.rewards,
         args.num_reference_samples,
-        max_new_tokens=study.max_completion_length,
-        temperature=study.temperature,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        columns=study.columns,
-        progress=progress(),
+        study.sampling_settings(args),
+        study.columns,
     )
 
 
@@ -240,7 +219,7 @@ def measure(job: Job, posterior: Posterior) -> Report:
     runs = []
     for name, path in job.policies.items():
         policy = load_model(path, job.arguments, args.device)
-        evaluation, scored = evaluate(
+        evaluation, completions = evaluate(
             policy,
             study.prior,
             study.tokenizer,
@@ -249,40 +228,42 @@ def measure(job: Job, posterior: Posterior) -> Report:
             num_per_prompt=args.num_samples,
             name=name,
             diversity=args.diversity,
-            batch_size=args.batch_size,
             seed=args.seed + 1,
-            progress=progress(),
         )
-        runs.append(_record(name, evaluation, posterior, scored, settings={"policy": path}))
+        runs.append(_record(name, evaluation, posterior, completions, settings={"policy": path}))
         del policy
         gc.collect()
     return _report(job, posterior, runs)
 
 
 def _record(
-    name: str, evaluation: Evaluation, posterior: Posterior, scored: Scored, settings: dict[str, Any] | None = None
+    name: str,
+    evaluation: Evaluation,
+    posterior: Posterior,
+    completions: Completions,
+    settings: dict[str, Any] | None = None,
 ) -> RunRecord:
-    lines = choose_lines(scored.samples, _valid(posterior, scored))
+    lines = choose_lines(completions, _valid(posterior, completions))
     return RunRecord(name, name, "", evaluation, samples=lines, settings=settings or {})
 
 
-def _valid(posterior: Posterior, scored: Scored) -> torch.Tensor | None:
+def _valid(posterior: Posterior, completions: Completions) -> torch.Tensor | None:
     """Whether each completion has evidence, where evidence is a matter of yes and no."""
     if posterior.target.hard:
-        return ~posterior.log_potential(scored).isneginf()
-    return scored.rewards[:, 0] > 0.5 if _is_share(posterior) else None
+        return ~posterior.log_potential(completions).isneginf()
+    return completions.rewards[:, 0] > 0.5 if _is_share(posterior) else None
 
 
 def _is_share(posterior: Posterior) -> bool:
     """Whether the reward is one of 0 or 1."""
-    rewards = posterior.prior.scored.rewards
+    rewards = posterior.prior.completions.rewards
     return rewards.size(1) == 1 and posterior.reward_weights is None and bool(((rewards == 0) | (rewards == 1)).all())
 
 
 def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
     study, args, weights = job.study, job.args, job.arguments.training.reward_weights
     target = repr(study.target)
-    ess = posterior.partition.effective_samples
+    ess = posterior.z.effective_samples
     of_prior = evaluate_prior(posterior, diversity=args.diversity)
     of_posterior = evaluate_posterior(posterior, diversity=args.diversity)
     how = "exact" if posterior.method == "rejection" else "weighted prior samples"
@@ -301,7 +282,7 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
             "temperature": str(study.temperature),
         },
         posterior=_record("posterior", of_posterior, posterior, posterior.exact),
-        prior=_record("prior", of_prior, posterior, posterior.prior.scored),
+        prior=_record("prior", of_prior, posterior, posterior.prior.completions),
         runs=runs,
         hard=posterior.target.hard,
         reward_label=_reward_label(study.reward_names, weights),

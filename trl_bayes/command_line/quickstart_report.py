@@ -15,18 +15,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..assets import embedded_path
-from ..evaluation.evaluate import (
-    Estimate,
-    Posterior,
-    Scored,
-    condition,
-    draw_prior,
-    evaluate,
-    evaluate_posterior,
-    evaluate_prior,
-)
+from ..evaluation.evaluate import evaluate, evaluate_posterior, evaluate_prior
+from ..evaluation.posterior import Posterior, condition
 from ..evaluation.report import CurvePoint, Report, RunRecord, choose_lines
+from ..language_models.completions import Completions
+from ..language_models.settings import SamplingSettings
+from ..prior.reference import draw_prior
 from ..rewards import parses
+from ..statistics.estimate import Estimate
 from ..targets import Constraint
 from .quickstart import RUNS, TRAINED, QuickstartArguments, Run, progress_bars
 
@@ -81,8 +77,7 @@ def _draw_reference(args: QuickstartArguments) -> _Reference:
         [json.loads(line)["prompt"] for line in lines],
         [parses],
         args.prior_samples,
-        max_new_tokens=RUNS[0].settings["max_completion_length"],
-        seed=args.seed,
+        SamplingSettings(RUNS[0].settings["max_completion_length"], seed=args.seed),
     )
     # Distinct-n depends on the number of samples: every row's is measured from as many
     exact = condition(drawn, Constraint(), diversity_per_prompt=args.policy_samples)
@@ -100,7 +95,7 @@ def _measure(
 ) -> RunRecord:
     """A run and its checkpoints; `advance` is called after each."""
 
-    def measured(model: Path, posterior: Posterior, number: int, diversity: bool) -> tuple[Any, Scored]:
+    def measured(model: Path, posterior: Posterior, number: int, diversity: bool) -> tuple[Any, Completions]:
         outcome = evaluate(
             _load(model),
             reference.prior,
@@ -119,10 +114,10 @@ def _measure(
     for step, checkpoint in checkpoints:
         evaluation, _ = measured(checkpoint, reference.of_checkpoints, args.checkpoint_samples, False)
         curve.append(_point(step, step * run.settings["per_device_train_batch_size"], evaluation.metrics))
-    evaluation, scored = measured(folder / run.name, reference.exact, args.policy_samples, True)
+    evaluation, completions = measured(folder / run.name, reference.exact, args.policy_samples, True)
     if checkpoints:  # the last one is the model itself, now measured better
         curve[-1] = _point(curve[-1].step, curve[-1].samples, evaluation.metrics)
-    return _record(run, args, folder, evaluation, scored, curve)
+    return _record(run, args, folder, evaluation, completions, curve)
 
 
 def _load(path: str | Path) -> PreTrainedModel:
@@ -138,12 +133,17 @@ def _point(step: int, samples: int, metrics: Mapping[str, Estimate]) -> CurvePoi
     return CurvePoint(step, samples, dict(metrics))
 
 
-def _valid(scored: Scored) -> torch.Tensor:
-    return scored.rewards[:, 0] > 0.5
+def _valid(completions: Completions) -> torch.Tensor:
+    return completions.rewards[:, 0] > 0.5
 
 
 def _record(
-    run: Run, args: QuickstartArguments, folder: Path, evaluation: Any, scored: Scored, curve: list[CurvePoint]
+    run: Run,
+    args: QuickstartArguments,
+    folder: Path,
+    evaluation: Any,
+    completions: Completions,
+    curve: list[CurvePoint],
 ) -> RunRecord:
     evaluation.name = run.name
     trained = json.loads((folder / run.name / TRAINED).read_text(encoding="utf-8"))
@@ -153,30 +153,30 @@ def _record(
         run.target,
         evaluation,
         curve,
-        choose_lines(scored.samples, _valid(scored)),
+        choose_lines(completions, _valid(completions)),
         {**run.settings, **args.overrides},
         trained["seconds"],
     )
 
 
 def _report(args: QuickstartArguments, exact: Posterior, runs: list[RunRecord]) -> Report:
-    drawn = exact.prior.scored
+    drawn = exact.prior.completions
     posterior = RunRecord(
         "posterior",
         "Posterior (exact)",
         "prior given that the line parses",
         evaluate_posterior(exact),
-        samples=choose_lines(exact.exact.samples, _valid(exact.exact)),
+        samples=choose_lines(exact.exact, _valid(exact.exact)),
     )
-    prior = RunRecord("prior", "Prior", "", evaluate_prior(exact), samples=choose_lines(drawn.samples, _valid(drawn)))
+    prior = RunRecord("prior", "Prior", "", evaluate_prior(exact), samples=choose_lines(drawn, _valid(drawn)))
     return Report(
         title="trl_bayes quickstart: lines of Python that parse",
         intro=_INTRO,
         problem={
             "prior": "a language model of Python statements, half of them with a backslash behind",
             "evidence": "1 if the completed line parses as one Python statement, else 0",
-            "prompts": ", ".join(repr(prompt) for prompt in drawn.samples.prompts),
-            "longest completion": f"{exact.prior.settings['max_new_tokens']} tokens",
+            "prompts": ", ".join(repr(prompt) for prompt in drawn.prompts),
+            "longest completion": f"{exact.prior.settings.max_new_tokens} tokens",
         },
         posterior=posterior,
         prior=prior,
@@ -189,7 +189,7 @@ def _report(args: QuickstartArguments, exact: Posterior, runs: list[RunRecord]) 
         settings={
             "seed": args.seed,
             "prior samples": len(exact.phi),
-            "exact posterior samples": len(exact.exact.samples),
+            "exact posterior samples": len(exact.exact),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -11,15 +11,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from rich.table import Table
 
-from ..samplers import METHODS, Draws, Method, Sampler, SamplingError
-from ..samplers.base import at_least
+from ..language_models.completions import Completions
+from ..language_models.settings import at_least
+from ..samplers import METHODS, Method, Sampler, SamplingError
 from ..targets import build_target
 from ..targets.base import weighted_sum
 from ..trainers.posterior_config import PosteriorConfig
 from .arguments import Arguments, StudyArguments
 from .folders import prepare_folder
 from .models import find_config, load_model, model_path
-from .study import Study, load_study, progress
+from .study import Study, load_study
 
 
 DATA = "train.parquet"
@@ -50,7 +51,8 @@ class SampleArguments(StudyArguments):
         output_dir (`str`, *optional*, defaults to `"runs/sample"`):
             Where `train.parquet` and `diagnostics.json` are written.
         tokens (`bool`, *optional*, defaults to `False`):
-            Whether to write the tokens as drawn besides the texts, see [`~trl_bayes.samplers.Draws.to_dataset`].
+            Whether to write the tokens as drawn besides the texts, see
+            [`~trl_bayes.language_models.completions.Completions.to_dataset`].
     """
 
     method: str = field(default="rejection", metadata={"help": "How to sample.", "choices": list(METHODS)})
@@ -147,14 +149,10 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
         study.rewards,
         study.target,
         method,
+        study.sampling_settings(args),
         proposal=None if proposal_name is None else load_model(proposal_name, arguments, args.device),
-        max_new_tokens=study.max_completion_length,
-        temperature=study.temperature,
-        batch_size=args.batch_size,
-        seed=args.seed,
         reward_weights=study.reward_weights,
         num_prior_samples=args.num_prior_samples,
-        progress=progress(),
     )
     settings = {
         "prior": study.named,
@@ -170,7 +168,7 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
     return Job(args, study, sampler, folder, settings)
 
 
-def draw(job: Job) -> Draws:
+def draw(job: Job) -> Completions:
     """
     Samples.
 
@@ -188,14 +186,14 @@ def draw(job: Job) -> Draws:
     return draws
 
 
-def write(job: Job, draws: Draws) -> None:
+def write(job: Job, draws: Completions) -> None:
     """Writes the data set, which `load_dataset(output_dir)` reads, and the diagnostics."""
     draws.to_dataset(job.args.tokens).to_parquet(str(job.folder / DATA))
     text = json.dumps({"settings": job.settings, **draws.diagnostics}, indent=1, allow_nan=False)
     (job.folder / DIAGNOSTICS).write_text(text + "\n", encoding="utf-8")
 
 
-def table(draws: Draws, reward_weights: torch.Tensor | None = None) -> Table:
+def table(draws: Completions, reward_weights: torch.Tensor | None = None) -> Table:
     """The diagnostics that are numbers, and the mean of the weighted reward."""
     shown = Table(title=f"{draws.diagnostics['method']}: {len(draws):,} samples of {len(draws.prompts):,} prompts")
     shown.add_column("")

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.prompts import check_prompts
+from ..language_models.settings import SamplingSettings
 from ..rewards.calling import NOT_PASSED_ON
 from ..targets import Target, build_target
 from .arguments import Arguments, StudyArguments
@@ -41,6 +42,12 @@ class Study(NamedTuple):
         """What reward functions are given besides."""
         names = [name for name in self.rows[0] if name not in NOT_PASSED_ON]
         return {name: [row[name] for row in self.rows] for name in names}
+
+    def sampling_settings(self, args: StudyArguments) -> SamplingSettings:
+        """How completions are drawn, of all models; with progress bars if there is someone to show them to."""
+        return SamplingSettings(
+            self.max_completion_length, self.temperature, args.batch_size, args.seed, progress=sys.stderr.isatty()
+        )
 
 
 def load_study(args: StudyArguments, arguments: Arguments) -> Study:
@@ -115,8 +122,3 @@ def _rows(args: StudyArguments, arguments: Arguments) -> tuple[list[dict[str, An
     if arguments.training.remove_unused_columns:  # TRL keeps what generation needs
         rows = [{"prompt": row["prompt"]} for row in rows]
     return rows, None if args.dataset_streaming else len(split)
-
-
-def progress() -> bool:
-    """Whether there is someone to show a progress bar to."""
-    return sys.stderr.isatty()

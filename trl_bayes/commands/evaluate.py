@@ -17,7 +17,7 @@ from ..command_line.evaluation import (
 )
 from ..command_line.recipe import read_study
 from ..command_line.refusals import one_sentence
-from ..evaluation.report import write_evaluation
+from ..evaluation.files import write_evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> None:

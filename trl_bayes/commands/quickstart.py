@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 from ..command_line.quickstart import QuickstartArguments, prepare_quickstart, train_all
 from ..command_line.quickstart_report import measure_all, results_table, write_metrics
 from ..command_line.refusals import one_sentence
-from ..evaluation.report import write_report
+from ..evaluation.page import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:

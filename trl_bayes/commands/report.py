@@ -17,7 +17,8 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: code 2 after one sentence on stderr, for what cannot be read, compared or written.
     """
     args = _parser().parse_args(argv)
-    from ..evaluation.report import merge_reports, read_report, write_report  # after the parser: it imports torch
+    from ..evaluation.files import merge_reports, read_report  # after the parser: it imports torch
+    from ..evaluation.page import write_report
 
     folder = Path(args.output_dir).expanduser()
     with one_sentence("trl-bayes report"):

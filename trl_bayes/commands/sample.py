@@ -9,6 +9,7 @@ from ..command_line.recipe import read_study
 from ..command_line.refusals import one_sentence
 from ..command_line.sampling import DATA, DIAGNOSTICS, SampleArguments, draw, prepare, table, trade_off_table, write
 from ..samplers import SamplingError
+from ..targets import LogPotentialError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             description=__doc__,
         )
         job = prepare(args, arguments)
-    with one_sentence("trl-bayes sample", (SamplingError,)):  # an error in a reward function keeps its traceback
+    with one_sentence(
+        "trl-bayes sample", (SamplingError, LogPotentialError)
+    ):  # an error in a reward function keeps its traceback
         draws = draw(job)
     write(job, draws)
     console = Console()

@@ -8,6 +8,10 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+from ..language_models.completions import Completions
+from ..statistics.estimate import Estimate
 
 
 Tokens = Sequence[Hashable]
@@ -146,3 +150,25 @@ def jackknife_standard_error(
     ]
     mean = sum(values) / num_groups
     return math.sqrt((num_groups - 1) / num_groups * sum((value - mean) ** 2 for value in values))
+
+
+def diversity_estimates(completions: Completions, max_order: int = 3) -> dict[str, Estimate]:
+    """Distinct-1 to distinct-`max_order`, self-BLEU and the share of distinct completions, of all samples together.
+
+    A sequence is a completion's tokens, without prompt and EOS. Compare only sets with the same number of samples of
+    each prompt. Standard errors are the jackknife's.
+    """
+
+    def estimate(items: list, measure: Any) -> Estimate:
+        value = measure(items)
+        if math.isnan(value):
+            return Estimate(math.nan, trusted=False, note="too few samples")
+        return Estimate(value, jackknife_standard_error(items, measure))
+
+    tokens = completions.tokens()
+    orders = range(1, max_order + 1)
+    return {
+        **{f"distinct_{n}": estimate(tokens, lambda items, n=n: distinct_n(items, n)) for n in orders},
+        "self_bleu": estimate(tokens, self_bleu),
+        "share_distinct": estimate(completions.outcomes(), share_distinct),
+    }

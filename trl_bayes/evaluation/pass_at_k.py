@@ -1,7 +1,11 @@
 """pass@k: the probability that at least one of k completions of a prompt is right."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ..statistics.estimate import Estimate, average
 
 
 def pass_at_k(num_correct: Tensor, num_samples: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -51,3 +55,33 @@ def _log_choose(n: Tensor, k: int) -> Tensor:
     chosen = n.clamp(min=k)
     value = torch.lgamma(chosen + 1) - torch.lgamma(chosen - k + 1) - torch.lgamma(torch.tensor(k + 1.0).double())
     return value.masked_fill(n < k, -torch.inf)
+
+
+def pass_at_k_estimates(
+    rewards: Tensor, names: Sequence[str], prompt_index: Tensor, num_prompts: int, ks: Sequence[int]
+) -> dict[str, Estimate]:
+    """pass@k, averaged over prompts, of each reward that is 0 or 1 wherever it is known.
+
+    The names are `pass_at_<k>`, and `pass_at_<k>/<reward>` where there are several rewards; see [`pass_at_k`].
+
+    Args:
+        rewards: (N, K).
+        names: of the K rewards.
+        prompt_index: (N,) int64.
+        num_prompts: P.
+        ks: what to compute.
+    """
+    estimates = {}
+    for k in ks:
+        for column, name in enumerate(names):
+            known = ~rewards[:, column].isnan()
+            values, index = rewards[known, column], prompt_index[known]
+            if not ((values == 0) | (values == 1)).all() or not len(values):
+                continue
+            number = torch.bincount(index, minlength=num_prompts)
+            correct = torch.bincount(index, weights=values.double(), minlength=num_prompts)
+            enough = bool((number >= k).all())
+            note = "" if enough else f"fewer than {k} samples of some prompt"
+            key = f"pass_at_{k}" + (f"/{name}" if len(names) > 1 else "")
+            estimates[key] = average(*pass_at_k(correct, number, k), enough, note)
+    return estimates

@@ -6,14 +6,18 @@ tokens out; who scores them, and for what, is decided elsewhere.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .batching import generate_padded, in_batches
+from .completions import Prompt
+from .settings import SamplingSettings
 
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """
     A prompt's tokens, as TRL's trainers make them.
 
@@ -44,71 +48,64 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         ValueError: there is none.
     """
-    config: Any = model.generation_config
-    ends = config.eos_token_id if config is not None else None
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    own = tokenizer.eos_token_id
+    ends, own = model_stop_ids(model), tokenizer.eos_token_id
     stop_ids = ends if own is None or own in ends else [own, *ends]
     if not stop_ids:
         raise ValueError("Neither the tokenizer nor the model has an EOS token: set `tokenizer.eos_token`.")
     return stop_ids
 
 
+def model_stop_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a completion by the model's generation config, of which there may be none."""
+    config: Any = model.generation_config
+    ends = config.eos_token_id if config is not None else None
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def with_stop_ids(
+    settings: SamplingSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> SamplingSettings:
+    """The settings with their own stop tokens, or else with those of the model, see [`find_stop_ids`]."""
+    return settings if settings.stop_ids else replace(settings, stop_ids=tuple(find_stop_ids(model, tokenizer)))
+
+
 @torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    rows: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    stop_ids: list[int],
-    pad_token_id: int | None,
-) -> list[list[int]]:
+def generate(model: PreTrainedModel, rows: Sequence[list[int]], settings: SamplingSettings) -> list[list[int]]:
     """
-    Continues rows of tokens, all at once.
+    Continues rows of tokens, all at once if the model does that as it does each alone.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): in the mode that [`evaluating`] sets.
         rows (`list[list[int]]`): B rows, none empty.
-        max_new_tokens (`int`): a row without a stop token is cut after so many.
-        temperature (`float`): of the softmax.
-        stop_ids (`list[int]`): see [`find_stop_ids`].
-        pad_token_id (`int`, *optional*): any token will do, and the first stop token does where there is none.
+        settings ([`SamplingSettings`]): with stop tokens, see [`with_stop_ids`]; seed and batch size are not read.
 
     Returns:
         `list[list[int]]`: the new tokens of each row, up to and with its first stop token.
+
+    Raises:
+        ValueError: the model generates from another distribution than a forward pass gives; one sentence.
     """
-    pad_token_id = stop_ids[0] if pad_token_id is None else pad_token_id
+    stop_ids = list(settings.stop_ids)
     config = GenerationConfig(
         do_sample=True,
-        temperature=temperature,
+        temperature=settings.temperature,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         eos_token_id=stop_ids,
-        pad_token_id=pad_token_id,
+        pad_token_id=stop_ids[0],  # any token will do: the mask hides it
     )
-    device = next(model.parameters()).device
-    ids, mask = (t.to(device) for t in pad_rows(rows, pad_token_id, left=True))
-    with _plain_generation(model):
-        generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-    return [_cut_at_stop(row, stop_ids) for row in generated[:, ids.size(1) :].tolist()]
+    continued: list[list[int]] = [[] for _ in rows]
+    for batch in in_batches(model, rows, stop_ids[0]):
+        ids, generated = generate_padded(model, [rows[i] for i in batch], config)
+        for i, row in zip(batch, generated[:, ids.size(1) :].tolist(), strict=True):
+            continued[i] = _cut_at_stop(row, stop_ids)
+    return continued
 
 
 def _cut_at_stop(row: list[int], stop_ids: list[int]) -> list[int]:
     """A row as generated, up to and with its first stop token; what follows is padding."""
     return row[: next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))]
-
-
-def pad_rows(rows: Sequence[list[int]], pad_token_id: int, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows padded to the longest: ids and mask, (B, L)."""
-    length = max(len(row) for row in rows)
-    ids, mask = [], []
-    for row in rows:
-        padding, zeros = [pad_token_id] * (length - len(row)), [0] * (length - len(row))
-        ids.append(padding + row if left else row + padding)
-        mask.append(zeros + [1] * len(row) if left else [1] * len(row) + zeros)
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 @contextmanager
@@ -130,21 +127,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Without the model's own generation settings: `generate` reads what a call leaves open from there.
-
-    A repetition penalty in a checkpoint's generation_config.json would change the distribution unnoticed. An adapter
-    and its base model both have settings.
-    """
-    owners: list[Any] = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
-    own = [owner.generation_config for owner in owners]
-    for owner in owners:
-        owner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for owner, config in zip(owners, own, strict=True):
-            owner.generation_config = config

@@ -1,4 +1,4 @@
-"""Scored samples of the prior as tensors: what targets learn from, and what they say about the evidence."""
+"""Scored samples of the prior as tensors: what targets learn from, and what they say about the marginal likelihood."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,21 +6,23 @@ from typing import NamedTuple
 
 import torch
 
+from ..groups import effective_sample_size, pooled_log_z
+from ..statistics.log_z import log_z_variance
 from .context import Context, LogPotential
 
 
 class LogZEstimate(NamedTuple):
-    """Evidence of each prompt from samples of the prior; all of shape `(P,)`."""
+    """The marginal likelihood of each prompt, estimated from samples of the prior; all of shape `(P,)`."""
 
     log_z: torch.Tensor
-    """`log Z`, in nats; `-inf` where no sample has evidence, `NaN` where none was scored."""
+    """`log Z`, in nats; `-inf` where all samples have `phi = -inf`, `NaN` where none was scored."""
     standard_error: torch.Tensor
-    """Of `log Z`, in nats; infinite where fewer than two samples were scored or none has evidence."""
+    """Of `log Z`, in nats; infinite where fewer than two samples were scored or all have `phi = -inf`."""
     ess: torch.Tensor
     """Effective sample size of the prior samples as samples of the posterior, as a fraction: 1 where `phi` is flat."""
 
     def mean(self) -> tuple[float, float]:
-        """`log Z` averaged over the prompts that have evidence, and its standard error, in nats."""
+        """`log Z` averaged over the prompts where it is finite, and its standard error, in nats."""
         known = self.log_z.isfinite()
         error = self.standard_error[known].square().sum().sqrt() / known.sum()
         return self.log_z[known].mean().item(), error.item()
@@ -38,19 +40,25 @@ class PriorScores:
         rewards (`torch.Tensor`): shape `(P, N, K)`; `NaN` where a reward is missing.
         log_prior (`torch.Tensor`): `log pi_0(y|x)` of shape `(P, N)`, in nats.
         keys (`torch.Tensor`): identity of each prompt, int64 of shape `(P,)`, all different.
+        multiplicity (`torch.Tensor`, *optional*):
+            How often each prompt occurs in the training data, `(P,)`: its weight in what a target learns across
+            prompts. 0 for a prompt of the evaluation alone, of which a target only learns what concerns that prompt.
+            Defaults to ones.
         log_weights (`torch.Tensor`, *optional*):
-            Evidence that is already there, `(P, N)` in nats: that of the other factors of a product. Defaults to none.
+            Log-potential that is already there, `(P, N)` in nats: that of the other factors of a product. Defaults to
+            none.
         scored (`torch.Tensor`, *optional*):
             Boolean `(P, N)`: which samples the other factors can score, so that they count without rewards of one's
             own. Defaults to none.
 
     Raises:
-        ValueError: shapes that do not match, fewer than two samples, or a prompt twice.
+        ValueError: shapes that do not match, fewer than two samples, a prompt twice, or a multiplicity that is none.
     """
 
     rewards: torch.Tensor
     log_prior: torch.Tensor
     keys: torch.Tensor
+    multiplicity: torch.Tensor = None  # type: ignore[assignment]  # a tensor from `__post_init__` on
     log_weights: torch.Tensor | None = None
     scored: torch.Tensor | None = None
 
@@ -68,7 +76,14 @@ class PriorScores:
             )
         if len(self.keys.unique()) != shape[0]:
             raise ValueError("The prompts of `PriorScores` must have different keys: give each prompt once.")
-        for name in ("rewards", "log_prior", "keys", "log_weights", "scored"):
+        weights = torch.ones(shape[0]) if self.multiplicity is None else self.multiplicity
+        if weights.shape != shape[:1] or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+            raise ValueError(
+                "`multiplicity` says how often each prompt occurs in the training data: give one number of 0 or more "
+                f"for each of the {shape[0]} prompts, not all of them 0, not {weights.tolist()}."
+            )
+        object.__setattr__(self, "multiplicity", weights.double())
+        for name in ("rewards", "log_prior", "keys", "multiplicity", "log_weights", "scored"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, values.detach().cpu())
         object.__setattr__(self, "rewards", self.rewards.masked_fill(self.rewards.isinf(), torch.nan))
@@ -78,16 +93,16 @@ class PriorScores:
         return Context(self.log_prior[prompt], self.keys[prompt].expand(self.log_prior.size(1)))
 
     def log_potential(self, target: LogPotential) -> torch.Tensor:
-        """`phi` of all samples, `(P, N)` in nats; `NaN` where a sample has no evidence to give."""
+        """`phi` of all samples, `(P, N)` in nats; `NaN` where a sample has no reward."""
         # Prompt by prompt: a target may compare each completion with all samples of its prompt
         return torch.stack([target(rewards, self.context(i)) for i, rewards in enumerate(self.rewards)])
 
-    def log_z(self, target: LogPotential) -> LogZEstimate:
-        """Evidence of each prompt under a target that is bound and, if it learns, fitted."""
+    def estimate_log_z(self, target: LogPotential) -> LogZEstimate:
+        """The marginal likelihood of each prompt under a target that is bound and, if it learns, fitted."""
         return log_z_from_prior(self.log_potential(target))
 
-    def with_evidence(self, phi: torch.Tensor, scored: torch.Tensor) -> "PriorScores":
-        """The same samples with evidence `phi` and whom it scores, both `(P, N)`, added to what is already there."""
+    def under(self, phi: torch.Tensor, scored: torch.Tensor) -> "PriorScores":
+        """The same samples weighted by `exp(phi)` besides; `phi` and whom it scores, both `(P, N)`."""
         return replace(
             self,
             log_weights=phi if self.log_weights is None else self.log_weights + phi,
@@ -97,7 +112,7 @@ class PriorScores:
 
 def log_z_from_prior(phi: torch.Tensor) -> LogZEstimate:
     """
-    Evidence from samples of the prior: `log Z = log mean_i exp(phi_i)`, with its standard error.
+    The marginal likelihood from samples of the prior: `log Z = log mean_i exp(phi_i)`, with its standard error.
 
     `Z` is estimated without bias. By the delta method `SE(log Z) = SE(Z) / Z`, of which the second factor is the usual
     standard error of a mean, times `sqrt(1 + skewness(Z))` with the skewness `gamma / sqrt(N)` of a mean of weights of
@@ -118,16 +133,12 @@ def log_z_from_prior(phi: torch.Tensor) -> LogZEstimate:
     phi = phi.double()
     valid = ~phi.isnan()
     count = valid.sum(dim=1)  # (P,)
-    log_weight = phi.masked_fill(~valid, -math.inf)
-    log_sum = log_weight.logsumexp(dim=1)
-    log_z = torch.where(count > 0, log_sum - count.log(), torch.nan)
-    # sum w^2 / (sum w)^2 is 1/n for equal weights and 1 if one sample has it all
-    concentration = ((2 * log_weight).logsumexp(dim=1) - 2 * log_sum).exp()
-    variance = (concentration * count - 1).clamp(min=0) / (count - 1)  # of the mean weight, over its square
+    log_weights = phi.masked_fill(~valid, -math.inf)
+    log_z = torch.where(count > 0, pooled_log_z(phi, valid), torch.nan)
     known = (count > 1) & (log_z > -math.inf)
-    ess = torch.where(log_z > -math.inf, 1 / (concentration * count), 0.0)
-    standard_error = (variance * (1 + _skewness_of_mean((log_weight - log_sum.unsqueeze(1)).exp(), valid))).sqrt()
-    return LogZEstimate(log_z, torch.where(known, standard_error, math.inf), ess)
+    shares = (log_weights - log_weights.logsumexp(dim=1, keepdim=True)).exp()
+    standard_error = (log_z_variance(phi, valid) * (1 + _skewness_of_mean(shares, valid))).sqrt()
+    return LogZEstimate(log_z, torch.where(known, standard_error, math.inf), effective_sample_size(phi, valid))
 
 
 def _skewness_of_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

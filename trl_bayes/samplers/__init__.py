@@ -5,14 +5,17 @@ A [`Sampler`] applies a method to models: [`BestOfN`], [`Rejection`], [`QuasiRej
 [`SequentialMonteCarlo`], or [`Importance`], which weights samples of the prior.
 """
 
-from .base import Draws, Method, Sampler
+from ..language_models.completions import Completions
+from ..language_models.settings import SamplingSettings
+from .base import Method
 from .best_of_n import BestOfN, kl_of_best_of_n
 from .importance import Importance
 from .mcmc import MetropolisHastings
 from .quasi_rejection import QuasiRejection, TradeOff, trade_off
-from .rejection import Rejection, largest_log_potential
+from .rejection import Rejection
+from .sampler import Sampler
 from .smc import HasPartialEvidence, SequentialMonteCarlo
-from .source import Candidates, CompletionSource, SamplingError
+from .source import CompletionSource, SamplingError
 
 
 METHODS: dict[str, type[Method]] = {
@@ -24,9 +27,8 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "METHODS",
     "BestOfN",
-    "Candidates",
+    "Completions",
     "CompletionSource",
-    "Draws",
     "HasPartialEvidence",
     "Importance",
     "Method",
@@ -35,9 +37,9 @@ __all__ = [
     "Rejection",
     "Sampler",
     "SamplingError",
+    "SamplingSettings",
     "SequentialMonteCarlo",
     "TradeOff",
     "kl_of_best_of_n",
-    "largest_log_potential",
     "trade_off",
 ]

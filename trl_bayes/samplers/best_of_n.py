@@ -7,7 +7,9 @@ from typing import ClassVar
 import numpy
 import torch
 
-from .base import Draws, Method, as_draws, at_least
+from ..language_models.completions import Completions
+from ..language_models.settings import at_least
+from .base import Method, as_draws
 from .source import CompletionSource
 
 
@@ -36,7 +38,7 @@ class BestOfN(Method):
     def __post_init__(self) -> None:
         at_least("num_candidates", self.num_candidates)
 
-    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Draws:
+    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
         size = self.num_candidates
         drawn = source.propose(torch.arange(len(source.prompts)).repeat_interleave(n * size))
         phi = drawn.phi.nan_to_num(nan=-torch.inf, neginf=-torch.inf).view(-1, size)  # (P * n, N)
@@ -49,7 +51,7 @@ class BestOfN(Method):
             "kl_to_proposal_at_most": kl_of_best_of_n(size),
             "log_potential": {"proposal": _mean(phi), "best": _mean(best.values)},
         }
-        return as_draws(source, drawn.select(chosen[found]), diagnostics)
+        return as_draws(drawn.select(chosen[found]), diagnostics)
 
 
 def kl_of_best_of_n(n: int) -> float:

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 
 import numpy
 import torch
-from torch import Tensor
 
-from ..evaluation.evaluate import estimate_log_z, log_z_per_prompt
-from .base import Draws, Method, as_draws
-from .source import Candidates, CompletionSource
+from ..language_models.completions import Completions
+from ..statistics.log_z import log_z_per_prompt
+from .base import Method, as_draws
+from .source import CompletionSource
 
 
 @dataclass(frozen=True)
@@ -23,30 +23,12 @@ class Importance(Method):
 
     name: ClassVar[str] = "prior"
 
-    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Draws:
+    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
         drawn = source.propose(torch.arange(len(source.prompts)).repeat_interleave(n))
-        return as_draws(source, drawn, weight_diagnostics(source, drawn), drawn.log_weights)
+        return as_draws(drawn, weight_diagnostics(drawn), drawn.log_weights)
 
 
-def weight_diagnostics(source: CompletionSource, candidates: Candidates) -> dict[str, Any]:
+def weight_diagnostics(drawn: Completions) -> dict[str, Any]:
     """log Z and what the weights of independent samples of the proposal say of it."""
-    weights, index = candidates.log_weights, candidates.prompt_index
-    return {**evidence(weights, index, len(source.prompts)), "num_unscored": int(candidates.phi.isnan().sum())}
-
-
-def evidence(log_weights: Tensor, prompt_index: Tensor, num_prompts: int) -> dict[str, Any]:
-    """`log Z` as [`~trl_bayes.evaluation.evaluate.Estimate`], and the smallest effective number of samples.
-
-    Args:
-        log_weights (`torch.Tensor`): (N,) in nats.
-        prompt_index (`torch.Tensor`): (N,) int64.
-        num_prompts (`int`): P.
-    """
-    partition = log_z_per_prompt(log_weights, prompt_index, num_prompts)
-    return {
-        "log_z": estimate_log_z(log_weights, prompt_index, num_prompts).to_dict(),
-        "effective_samples": {
-            "mean": partition.effective_samples.mean().item(),
-            "min": partition.effective_samples.min().item(),
-        },
-    }
+    z = log_z_per_prompt(drawn.log_weights, drawn.prompt_index, len(drawn.prompts))
+    return {**z.to_dict(), "num_unscored": int(drawn.phi.isnan().sum())}

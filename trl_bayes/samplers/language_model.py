@@ -1,6 +1,7 @@
 """Language models as the source of completions: generation, scoring and rewards for the sampling algorithms."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -9,14 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..language_models.generation import evaluating, find_stop_ids, generate, seeded, tokenize_prompt
-from ..language_models.samples import Prompt, Samples, log_probs, score
+from ..language_models.completions import Completions, Prompt
+from ..language_models.generation import evaluating, generate, seeded, tokenize_prompt, with_stop_ids
+from ..language_models.samples import score
+from ..language_models.scoring import log_probs
+from ..language_models.settings import SamplingSettings
 from ..rewards.calling import RewardFunction
 from ..targets import Context, Target
-from .source import Candidates, CompletionSource, SamplingError
-
-
-_MOST_SCORED_AT_ONCE = 64  # large batches make generation fast, but scoring slow, since it holds all logits
+from .source import CompletionSource, log_weights_of
 
 
 class LanguageModelSource(CompletionSource):
@@ -29,14 +30,10 @@ class LanguageModelSource(CompletionSource):
         reward_funcs (`list`): see [`~trl_bayes.language_models.samples.score`].
         target ([`~trl_bayes.targets.Target`]): bound to these rewards.
         prompts (`list`): texts, or lists of messages.
+        settings ([`~trl_bayes.language_models.settings.SamplingSettings`]): of both models.
         proposal ([`~transformers.PreTrainedModel`], *optional*): q. Defaults to the prior.
-        max_new_tokens (`int`): T, at which a completion is cut.
-        temperature (`float`): of the softmax, of both models.
-        batch_size (`int`): completions generated at once.
-        seed (`int`): of what is drawn.
         columns (`dict`): further columns for the reward functions, an entry per prompt.
         prompt_keys (`torch.Tensor`): (P,) int64, by which the target knows the prompts.
-        progress (`bool`): shows a progress bar.
     """
 
     def __init__(
@@ -46,24 +43,19 @@ class LanguageModelSource(CompletionSource):
         reward_funcs: Sequence[RewardFunction],
         target: Target,
         prompts: Sequence[Prompt],
+        settings: SamplingSettings,
         *,
         proposal: PreTrainedModel | None,
-        max_new_tokens: int,
-        temperature: float,
-        batch_size: int,
-        seed: int,
         columns: Mapping[str, Sequence[Any]],
         prompt_keys: Tensor,
-        progress: bool,
     ):
         self.prior, self.proposal, self.tokenizer = prior, proposal, tokenizer
         self.reward_funcs, self.target, self.columns = list(reward_funcs), target, dict(columns)
         self.prompts, self.prompt_keys = list(prompts), prompt_keys
         self.prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in self.prompts]
-        self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
-        self.stop_ids = find_stop_ids(prior, tokenizer)
-        self._seeds = numpy.random.default_rng(seed)
-        self._bar = tqdm(desc="generating", unit="completion", disable=not progress)
+        self.settings, self.max_new_tokens = with_stop_ids(settings, prior, tokenizer), settings.max_new_tokens
+        self._seeds = numpy.random.default_rng(settings.seed)
+        self._bar = tqdm(desc="generating", unit="completion", disable=not settings.progress)
 
     def extend(
         self,
@@ -80,16 +72,10 @@ class LanguageModelSource(CompletionSource):
         extended: list[list[int]] = [[] for _ in prefixes]
         order = sorted(range(len(rooms)), key=rooms.__getitem__)  # a batch generates as far as its longest
         with seeded(int(self._seeds.integers(2**62)), next(model.parameters()).device), evaluating(model):
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                drawn = generate(
-                    model,
-                    [self.prompt_ids[index[i]] + prefixes[i] for i in batch],
-                    max_new_tokens=rooms[batch[-1]],
-                    temperature=self.temperature,
-                    stop_ids=self.stop_ids,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
+            for start in range(0, len(order), self.settings.batch_size):
+                batch = order[start : start + self.settings.batch_size]
+                rows = [self.prompt_ids[index[i]] + prefixes[i] for i in batch]
+                drawn = generate(model, rows, replace(self.settings, max_new_tokens=rooms[batch[-1]]))
                 for i, row in zip(batch, drawn, strict=True):
                     new = row[: rooms[i]]
                     self.num_tokens += len(new)
@@ -102,7 +88,7 @@ class LanguageModelSource(CompletionSource):
         return len(completion_ids) >= self.max_new_tokens or self._has_ended(completion_ids)
 
     def _has_ended(self, completion_ids: list[int]) -> bool:
-        return bool(completion_ids) and completion_ids[-1] in self.stop_ids
+        return bool(completion_ids) and completion_ids[-1] in self.settings.stop_ids
 
     def decode(self, completion_ids: list[list[int]]) -> list[str]:
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids]
@@ -110,27 +96,24 @@ class LanguageModelSource(CompletionSource):
     def log_ratio(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Tensor:
         if self.proposal is None:
             return torch.zeros(len(completion_ids), dtype=torch.float64)
-        samples = self._samples(prompt_index, completion_ids, [""] * len(completion_ids))
-        return self._log_probs(self.prior, samples) - self._log_probs(self.proposal, samples)
+        completions = self._completions(prompt_index, completion_ids, [""] * len(completion_ids))
+        return self._log_probs(self.prior, completions) - self._log_probs(self.proposal, completions)
 
-    def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Candidates:
-        samples = self._samples(prompt_index, completion_ids, self.decode(completion_ids))
-        rewards = score(self.reward_funcs, samples, self.tokenizer, self.columns)
-        log_ratio = torch.zeros(len(samples), dtype=torch.float64)
+    def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Completions:
+        completions = self._completions(prompt_index, completion_ids, self.decode(completion_ids))
+        rewards = score(self.reward_funcs, completions, self.tokenizer, self.columns)
+        log_ratio = torch.zeros(len(completions), dtype=torch.float64)
         log_prior = log_ratio
         if self.proposal is not None or self.target.needs_context:  # else nobody reads it
-            log_prior = self._log_probs(self.prior, samples)
+            log_prior = self._log_probs(self.prior, completions)
         if self.proposal is not None:
-            log_ratio = log_prior - self._log_probs(self.proposal, samples)
+            log_ratio = log_prior - self._log_probs(self.proposal, completions)
         phi = self.target(rewards, Context(log_prior, self.prompt_keys[prompt_index])).double()
-        if phi.isposinf().any():
-            raise SamplingError(f"The target {self.target!r} gives infinite log-potential: it must be below +inf.")
-        return Candidates(prompt_index, completion_ids, samples.texts, samples.ended, log_ratio, rewards, phi)
+        return completions.with_known(rewards=rewards, phi=phi, log_weights=log_weights_of(phi, log_ratio))
 
-    def _log_probs(self, model: PreTrainedModel, samples: Samples) -> Tensor:
-        batch_size = min(self.batch_size, _MOST_SCORED_AT_ONCE)
-        return log_probs(model, samples, temperature=self.temperature, batch_size=batch_size)
+    def _log_probs(self, model: PreTrainedModel, completions: Completions) -> Tensor:
+        return log_probs(model, completions, replace(self.settings, progress=False))  # the bar is that of generation
 
-    def _samples(self, prompt_index: Tensor, completion_ids: list[list[int]], texts: list[str]) -> Samples:
+    def _completions(self, prompt_index: Tensor, completion_ids: list[list[int]], texts: list[str]) -> Completions:
         ended = torch.tensor([self._has_ended(ids) for ids in completion_ids], dtype=torch.bool)
-        return Samples(self.prompts, self.prompt_ids, prompt_index, completion_ids, texts, ended)
+        return Completions(self.prompts, self.prompt_ids, prompt_index, completion_ids, texts, ended)

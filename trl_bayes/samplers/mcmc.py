@@ -9,8 +9,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from .base import Draws, Method, as_draws, at_least
-from .source import Candidates, CompletionSource, concatenate
+from ..language_models.completions import Completions
+from ..language_models.settings import at_least
+from .base import Method, as_draws
+from .source import CompletionSource
 
 
 Kernel = Literal["prefix", "independence"]
@@ -63,7 +65,7 @@ class MetropolisHastings(Method):
         if self.kernel not in get_args(Kernel):
             raise ValueError(f"`kernel` is one of {list(get_args(Kernel))}, got {self.kernel!r}.")
 
-    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Draws:
+    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
         chains = n if self.num_chains is None else min(self.num_chains, n)
         last = self.num_steps + self.thin * (math.ceil(n / chains) - 1)
         state = source.propose(torch.arange(len(source.prompts)).repeat_interleave(chains))
@@ -77,9 +79,9 @@ class MetropolisHastings(Method):
         diagnostics = self._diagnostics(torch.stack(trace), len(source.prompts))
         diagnostics["acceptance_rate"] = acceptances / (last * len(state))
         diagnostics["num_chains_without_evidence"] = int(state.log_weights.isneginf().sum())
-        drawn = concatenate(kept)
+        drawn = Completions.concatenate(kept)
         found = torch.nonzero(~drawn.log_weights.isneginf()).squeeze(1)
-        return as_draws(source, drawn.select(found), diagnostics, n=n)
+        return as_draws(drawn.select(found), diagnostics, n=n)
 
     def _diagnostics(self, trace: Tensor, num_prompts: int) -> dict[str, Any]:
         """How well the chains have settled and mix, from phi and lengths (S, 2, P * C) of their second half."""
@@ -96,19 +98,19 @@ class MetropolisHastings(Method):
 
 
 def metropolis_hastings_step(
-    source: CompletionSource, state: Candidates, kernel: Kernel, rng: numpy.random.Generator
-) -> tuple[Candidates, Tensor]:
+    source: CompletionSource, state: Completions, kernel: Kernel, rng: numpy.random.Generator
+) -> tuple[Completions, Tensor]:
     """
     One step of every chain.
 
     Args:
         source ([`CompletionSource`]): proposes.
-        state ([`Candidates`]): where the C chains are.
+        state ([`~trl_bayes.language_models.completions.Completions`]): where the C chains are.
         kernel (`str`): which step.
         rng (`numpy.random.Generator`): of cuts and decisions.
 
     Returns:
-        `tuple[Candidates, torch.Tensor]`: where they are then, and which have accepted, (C,) bool.
+        `tuple[Completions, torch.Tensor]`: where they are then, and which have accepted, (C,) bool.
     """
     cuts = numpy.zeros(len(state), dtype=numpy.int64)
     if kernel == "prefix":
@@ -120,7 +122,7 @@ def metropolis_hastings_step(
     return proposed.where(accepted, state), accepted
 
 
-def log_acceptance(current: Candidates, proposed: Candidates, kernel: Kernel) -> Tensor:
+def log_acceptance(current: Completions, proposed: Completions, kernel: Kernel) -> Tensor:
     """
     Log-probability (C,) with which each proposal is accepted, see [`MetropolisHastings`].
 

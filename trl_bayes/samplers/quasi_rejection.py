@@ -9,11 +9,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..evaluation.evaluate import MIN_EFFECTIVE_SAMPLES, Estimate
-from .base import Draws, Method, as_draws, at_least
-from .importance import evidence
+from ..language_models.completions import Completions
+from ..language_models.settings import at_least
+from ..statistics.estimate import MIN_EFFECTIVE_SAMPLES, Estimate
+from ..statistics.log_z import log_z_per_prompt
+from .base import Method, as_draws
 from .rejection import accept_until
-from .source import Candidates, CompletionSource
+from .source import CompletionSource
 
 
 _QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)  # of the weights, where the trade-off is shown
@@ -74,12 +76,12 @@ class QuasiRejection(Method):
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"`tolerance` is a total variation in [0, 1), got {self.tolerance}.")
 
-    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Draws:
+    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
         num_prompts = len(source.prompts)
         log_bound = self._log_bounds(source)  # (P,)
         wanted = torch.where(log_bound.isnan(), 0, n)
 
-        def log_accept(candidates: Candidates) -> Tensor:
+        def log_accept(candidates: Completions) -> Tensor:
             return (candidates.log_weights - log_bound[candidates.prompt_index]).clamp(max=0.0)
 
         found = accept_until(source, wanted, log_accept, self.max_attempts, rng)
@@ -90,14 +92,14 @@ class QuasiRejection(Method):
             "num_without_bound": int(log_bound.isnan().sum()),
         }
         if known:
-            diagnostics |= evidence(found.log_weights, found.prompt_index, num_prompts)
+            diagnostics |= log_z_per_prompt(found.log_weights, found.prompt_index, num_prompts).to_dict()
             diagnostics["total_variation_bound"] = _average_bound(
                 [trade_off(of_prompt[p], log_bound[p : p + 1])[0] for p in known], [of_prompt[p] for p in known]
             ).to_dict()
             diagnostics["trade_off"] = _average_curve([_curve(of_prompt[p]) for p in known])
         draws = found.accepted
         corrections = (draws.log_weights - log_bound[draws.prompt_index]).clamp(min=0.0)
-        return as_draws(source, draws, diagnostics, corrections, n=n)
+        return as_draws(draws, diagnostics, corrections, n=n)
 
     def _log_bounds(self, source: CompletionSource) -> Tensor:
         """log B of each prompt (P,); NaN where no completion of the pilot has evidence."""

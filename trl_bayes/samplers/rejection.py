@@ -9,10 +9,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..evaluation.evaluate import estimate_log_z
-from ..targets import Constraint, LogSigmoidCentered, Product, Target, Tempered
-from .base import Draws, Method, as_draws, at_least, gather
-from .source import Candidates, CompletionSource, SamplingError
+from ..language_models.completions import Completions
+from ..language_models.settings import at_least
+from ..statistics.log_z import log_z_per_prompt
+from ..targets import Target
+from .base import Method, as_draws
+from .source import CompletionSource, SamplingError, gather
 
 
 _MOST_PER_ROUND = 4096  # completions of one prompt that are held at once
@@ -30,7 +32,7 @@ class Rejection(Method):
     Args:
         max_log_potential (`float`, *optional*):
             The largest `phi` that any completion can have, for instance the largest reward over beta. It need not be
-            given where the target has a bound of its own, see [`largest_log_potential`].
+            given where the target has a bound of its own, see [`~trl_bayes.targets.Target.max_log_potential`].
         max_attempts (`int`, *optional*, defaults to `1000`):
             For each draw that is asked for, at most so many completions are drawn. A prompt whose evidence is rarer
             than that gets fewer draws.
@@ -63,7 +65,7 @@ class Rejection(Method):
         """
         if self.max_log_potential is not None:
             return self.max_log_potential
-        bound = largest_log_potential(target)
+        bound = target.max_log_potential()
         if bound is None:
             raise ValueError(
                 f"Rejection needs evidence with a known upper bound, and {target!r} has none: set `max_log_potential` "
@@ -72,10 +74,10 @@ class Rejection(Method):
             )
         return bound
 
-    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Draws:
+    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
         bound = self.bound(source.target)
 
-        def log_accept(candidates: Candidates) -> Tensor:
+        def log_accept(candidates: Completions) -> Tensor:
             highest = candidates.log_weights.max().item()
             if highest > bound + 1e-9:
                 raise SamplingError(
@@ -86,19 +88,15 @@ class Rejection(Method):
 
         wanted = torch.full((len(source.prompts),), n)
         found = accept_until(source, wanted, log_accept, self.max_attempts, rng, from_prior=True)
-        log_z = estimate_log_z(found.log_weights, found.prompt_index, len(source.prompts), bound)
-        return as_draws(
-            source,
-            found.accepted,
-            {**found.diagnostics(), "max_log_potential": bound, "log_z": log_z.to_dict()},
-            n=n,
-        )
+        z = log_z_per_prompt(found.log_weights, found.prompt_index, len(source.prompts), bound)
+        diagnostics = {**found.diagnostics(), "max_log_potential": bound, "log_z": z.average().to_dict()}
+        return as_draws(found.accepted, diagnostics, n=n)
 
 
 class Accepted(NamedTuple):
     """What [`accept_until`] found: the completions that were accepted, and of all that were drawn the weights."""
 
-    accepted: Candidates
+    accepted: Completions
     log_weights: Tensor  # (A,)
     prompt_index: Tensor  # (A,)
     attempts: Tensor  # (P,)
@@ -118,7 +116,7 @@ class Accepted(NamedTuple):
 def accept_until(
     source: CompletionSource,
     wanted: Tensor,
-    log_accept: Callable[[Candidates], Tensor],
+    log_accept: Callable[[Completions], Tensor],
     max_attempts: int,
     rng: numpy.random.Generator,
     *,
@@ -158,19 +156,3 @@ def accept_until(
         acceptances += torch.bincount(accepted[-1].prompt_index, minlength=num_prompts)
     found = gather(source, accepted)
     return Accepted(found, torch.cat(weights), torch.cat(indices), attempts, acceptances, num_unscored)
-
-
-def largest_log_potential(target: Target) -> float | None:
-    """
-    The largest `phi` that a target can give, where it is known from the target alone; else `None`.
-
-    It is 0 for a [`~trl_bayes.targets.Constraint`], for a [`~trl_bayes.targets.LogSigmoidCentered`], and for
-    [`~trl_bayes.targets.Tempered`] with `a` of at least 1; and for a product the sum, if each factor has one.
-    """
-    if isinstance(target, Product):
-        bounds = [largest_log_potential(factor) for factor in target.factors]
-        known = [bound for bound in bounds if bound is not None]
-        return sum(known) if len(known) == len(bounds) else None
-    if isinstance(target, Constraint | LogSigmoidCentered) or (isinstance(target, Tempered) and target.a >= 1):
-        return 0.0
-    return None

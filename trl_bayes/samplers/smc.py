@@ -9,12 +9,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..evaluation.evaluate import Estimate, estimate_log_z, stratified_mean
-from ..language_models.samples import Prompt
+from ..language_models.completions import Completions, Prompt
+from ..language_models.settings import at_least
+from ..statistics.estimate import Estimate, stratified_mean
+from ..statistics.log_z import log_z_per_prompt
 from ..targets import Product, Target
-from .base import Draws, Method, as_draws, at_least, gather
+from .base import Method, as_draws
 from .rejection import Rejection
-from .source import Candidates, CompletionSource
+from .source import CompletionSource, gather
 
 
 Twist = Callable[[list[Prompt], list[str]], Sequence[float] | Tensor]
@@ -97,7 +99,7 @@ class SequentialMonteCarlo(Method):
         if self.upper_bound:
             Rejection(self.max_log_potential).bound(target)
 
-    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Draws:
+    def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
         per_run = self.num_particles if self.draws_per_run is None else min(self.draws_per_run, n)
         num_runs = math.ceil(n / per_run)
         index = torch.arange(len(source.prompts)).repeat_interleave(num_runs)  # (S,)
@@ -109,7 +111,7 @@ class SequentialMonteCarlo(Method):
         diagnostics = self._diagnostics(source, runs, index)
         if self.upper_bound:
             diagnostics["log_z_upper"] = self._upper_bound(source, num_runs, rng).to_dict()
-        return as_draws(source, runs.finished.select(rows), diagnostics, log_weights, n=n)
+        return as_draws(runs.finished.select(rows), diagnostics, log_weights, n=n)
 
     def run(
         self,
@@ -160,7 +162,7 @@ class SequentialMonteCarlo(Method):
             "num_resamplings_per_run": runs.num_resamplings.double().mean().item(),
             "effective_share_at_the_end": _effective_share(runs.log_weights).mean().item(),
             "num_runs_without_evidence": int(runs.log_z.isneginf().sum()),
-            "log_z": estimate_log_z(runs.log_z, prompt_index, num_prompts).to_dict(),
+            "log_z": log_z_per_prompt(runs.log_z, prompt_index, num_prompts).average().to_dict(),
             "log_z_lower": stratified_mean(runs.log_z, prompt_index, num_prompts).to_dict(),
         }
 
@@ -176,7 +178,7 @@ class SequentialMonteCarlo(Method):
 class Runs(NamedTuple):
     """The end of S runs of N particles."""
 
-    finished: Candidates  # completions, in any order
+    finished: Completions  # completions, in any order
     rows: Tensor  # (S, N) where each particle stands in `finished`; -1 for one that was given up
     log_weights: Tensor  # (S, N)
     log_z: Tensor  # (S,) log Z_hat
@@ -223,7 +225,7 @@ class _Particles:
     value: Tensor  # (S, N) log v
     log_weights: Tensor  # (S, N) since the last resampling
     log_z: Tensor  # (S,) of all resamplings so far
-    finished: list[Candidates] = field(default_factory=list)
+    finished: list[Completions] = field(default_factory=list)
 
     @classmethod
     def start(cls, index: Tensor, shape: tuple[int, int]) -> "_Particles":

@@ -7,85 +7,16 @@ every probability is known.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..language_models.samples import Prompt
+from ..language_models.completions import Completions, Prompt
 from ..targets import Target
 
 
 class SamplingError(ValueError):
     """What turns out only while sampling: evidence or a proposal with which a method cannot be correct."""
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """
-    Completions with their evidence.
-
-    Attributes:
-        prompt_index (`torch.Tensor`): (M,) int64, which prompt a completion continues.
-        completion_ids (`list[list[int]]`): M lists of tokens, the terminal EOS included.
-        texts (`list[str]`): the M completions as text.
-        ended (`torch.Tensor`): (M,) bool, False for a completion without EOS.
-        log_ratio (`torch.Tensor`): (M,) float64, `log pi_0 - log q` in nats; 0 where the proposal q is the prior.
-        rewards (`torch.Tensor`): (M, K) float64; NaN where a reward is missing.
-        phi (`torch.Tensor`): (M,) float64, log-potential in nats; NaN for a completion without any reward.
-    """
-
-    prompt_index: Tensor
-    completion_ids: list[list[int]]
-    texts: list[str]
-    ended: Tensor
-    log_ratio: Tensor
-    rewards: Tensor
-    phi: Tensor
-
-    def __len__(self) -> int:
-        return len(self.completion_ids)
-
-    @property
-    def log_weights(self) -> Tensor:
-        """`log P - log q = log pi_0 + phi - log q` (M,); `-inf` without evidence, or without any reward."""
-        return (self.phi + self.log_ratio).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Numbers of tokens (M,) float64."""
-        return torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.float64)
-
-    def select(self, indices: Tensor) -> "Candidates":
-        """The completions with these indices (L,)."""
-        chosen = indices.tolist()
-        return Candidates(
-            self.prompt_index[indices],
-            [self.completion_ids[i] for i in chosen],
-            [self.texts[i] for i in chosen],
-            self.ended[indices],
-            self.log_ratio[indices],
-            self.rewards[indices],
-            self.phi[indices],
-        )
-
-    def where(self, keep: Tensor, other: "Candidates") -> "Candidates":
-        """These completions where `keep` (M,) is True, and the other's elsewhere."""
-        rows = torch.arange(len(self))
-        return concatenate([self, other]).select(torch.where(keep, rows, rows + len(self)))
-
-
-def concatenate(parts: Sequence[Candidates]) -> Candidates:
-    """The completions of all parts (at least one), in their order."""
-    return Candidates(
-        torch.cat([part.prompt_index for part in parts]),
-        [ids for part in parts for ids in part.completion_ids],
-        [text for part in parts for text in part.texts],
-        torch.cat([part.ended for part in parts]),
-        torch.cat([part.log_ratio for part in parts]),
-        torch.cat([part.rewards for part in parts]),
-        torch.cat([part.phi for part in parts]),
-    )
 
 
 class CompletionSource(ABC):
@@ -135,8 +66,11 @@ class CompletionSource(ABC):
         """Whether a completion has ended, or has T tokens."""
 
     @abstractmethod
-    def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Candidates:
-        """Completions, finished or not, with their evidence as if they were finished."""
+    def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Completions:
+        """Completions, finished or not, with `rewards`, `phi` and `log_weights` as if they were finished.
+
+        The weights are [`log_weights_of`] their `phi` and [`~CompletionSource.log_ratio`].
+        """
 
     @abstractmethod
     def log_ratio(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Tensor:
@@ -146,10 +80,30 @@ class CompletionSource(ABC):
     def decode(self, completion_ids: list[list[int]]) -> list[str]:
         """Their texts."""
 
-    def propose(self, prompt_index: Tensor, *, from_prior: bool = False) -> Candidates:
+    def propose(self, prompt_index: Tensor, *, from_prior: bool = False) -> Completions:
         """Whole completions from the proposal, one for each entry of `prompt_index` (M,)."""
         empty: list[list[int]] = [[] for _ in range(len(prompt_index))]
         return self.evaluate(prompt_index, self.extend(prompt_index, empty, from_prior=from_prior))
+
+
+def log_weights_of(phi: Tensor, log_ratio: Tensor) -> Tensor:
+    """`log P - log q = log pi_0 + phi - log q` (M,); `-inf` without evidence, or without any reward.
+
+    Args:
+        phi (`torch.Tensor`): (M,) log-potential; NaN for a completion without any reward.
+        log_ratio (`torch.Tensor`): (M,) `log pi_0 - log q`; 0 where the proposal q is the prior.
+    """
+    return (phi + log_ratio).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def no_completions(source: CompletionSource) -> Completions:
+    """An empty set, with as many columns of rewards as any other."""
+    return source.evaluate(torch.zeros(0, dtype=torch.int64), [])
+
+
+def gather(source: CompletionSource, parts: Sequence[Completions]) -> Completions:
+    """All parts, of which there may be none."""
+    return Completions.concatenate(parts) if parts else no_completions(source)
 
 
 def check_support(source: CompletionSource, num_samples: int = 64) -> None:

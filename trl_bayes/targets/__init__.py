@@ -1,7 +1,7 @@
 """Targets: which posterior to approximate. Each turns rewards into log-potential phi; none knows a trainer."""
 
 from ..prior import Context, LogZEstimate, PriorScores, PromptTable, log_z_from_prior
-from .base import Target
+from .base import LogPotentialError, Target
 from .build import build_target
 from .calibrated import Calibrated
 from .chi_squared import ChiSquared
@@ -31,9 +31,10 @@ __all__ = [
     "ChiSquared",
     "Constraint",
     "Context",
+    "LogPotentialError",
     "LogSigmoidCentered",
-    "Moments",
     "LogZEstimate",
+    "Moments",
     "PriorScores",
     "Product",
     "PromptTable",

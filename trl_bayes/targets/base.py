@@ -1,8 +1,9 @@
 """What a target is: log-potential phi(x, y) computed from rewards."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +25,10 @@ def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor | None = None) -> 
     return weighted.nansum(dim=1).to(rewards.dtype).masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 
+class LogPotentialError(ValueError):
+    """A target returned what no log-potential can be."""
+
+
 class Target(ABC):
     """
     A distribution to approximate: the prior updated by evidence, `p(y|x) ∝ pi_0(y|x) exp(phi(x, y))`.
@@ -39,8 +44,11 @@ class Target(ABC):
       `log_potential(rewards, context=None)`: it is then called with a [`Context`].
     - If it learns from the prior, set `needs_prior_samples = True` and implement [`~Target.fit`],
       [`~Target.is_fitted`], [`~Target.state_dict`] and [`~Target.load_state_dict`].
+    - If `phi` has an upper bound, say so in [`~Target.max_log_potential`]: it can then be sampled by rejection.
 
-    Whoever evaluates a target calls it, `target(rewards, context)`, which works for all of them.
+    Whoever evaluates a target calls it, `target(rewards, context)`, which works for all of them and refuses what no
+    log-potential can be. In `trl_bayes.targets`, a recipe finds it by the name of its class (`my_target` for
+    `MyTarget`).
 
     Args:
         rewards (`str` or `list[str]`, *optional*):
@@ -63,6 +71,9 @@ class Target(ABC):
     fits_under_others: bool = False
     """Whether what is learned depends on the other factors of a [`Product`]: it is then fitted last, under theirs."""
 
+    default_beta: ClassVar[float] = 1.0
+    """Temperature, for a target that takes one, where neither its entries in a recipe nor the run give any."""
+
     def __init__(self, rewards: str | Sequence[str] | None = None):
         self.rewards = [rewards] if isinstance(rewards, str) else None if rewards is None else list(rewards)
         if self.rewards is not None and not self.rewards:
@@ -72,8 +83,24 @@ class Target(ABC):
         self._columns: list[int] | None = None
         self._weights: torch.Tensor | None = None
 
+    @classmethod
+    def arguments_from_config(cls, given: Mapping[str, Any], beta: float | None) -> dict[str, Any]:
+        """
+        The constructor's arguments from a target's entries in a recipe.
+
+        A constructor with a parameter `beta` that must be given gets the run's temperature where the entries have
+        none, and [`~Target.default_beta`] where the run has none either.
+
+        Args:
+            given (`Mapping`): the entries, without the name.
+            beta (`float`, *optional*): the run's temperature; `None`, or 0 for pure RL, which has none.
+        """
+        parameter = inspect.signature(cls).parameters.get("beta")
+        takes_the_run_s = parameter is not None and parameter.default is inspect.Parameter.empty
+        return {"beta": beta or cls.default_beta, **given} if takes_the_run_s else dict(given)
+
     # ---------------------------------------------------------------------------------------------------------------
-    # The evidence
+    # The log-potential
 
     @abstractmethod
     def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -92,11 +119,37 @@ class Target(ABC):
         """
 
     def __call__(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        """`phi` of shape `(N,)`, in nats: [`~Target.log_potential`] with the context if this target needs it."""
-        if not self.needs_context:
-            return self.log_potential(rewards)
-        # One signature in the base class, so that targets without a context need not mention it
-        return self.log_potential(rewards, self.require_context(context))  # type: ignore[call-arg]
+        """
+        `phi` of shape `(N,)`, in nats: [`~Target.log_potential`] with the context if this target needs it, checked.
+
+        Raises:
+            LogPotentialError: it is not one value for each completion, or is `+inf` for one.
+        """
+        if self.needs_context:
+            # One signature in the base class, so that targets without a context need not mention it
+            phi = self.log_potential(rewards, self.require_context(context))  # type: ignore[call-arg]
+        else:
+            phi = self.log_potential(rewards)
+        if not isinstance(phi, torch.Tensor) or phi.shape != rewards.shape[:1]:
+            got = tuple(phi.shape) if isinstance(phi, torch.Tensor) else type(phi).__name__
+            raise LogPotentialError(
+                f"The target {self!r} returned {got} as log-potential: return one value per completion, a tensor of "
+                f"shape {tuple(rewards.shape[:1])}."
+            )
+        if (phi == torch.inf).any():
+            raise LogPotentialError(
+                f"The target {self!r} returned +inf as log-potential, which no posterior can have: bound it."
+            )
+        return phi
+
+    def max_log_potential(self) -> float | None:
+        """
+        An upper bound on `phi` over all completions, in nats, if it is known from the target alone; else `None`.
+
+        With it samples of the prior become exact samples of the posterior by rejection. A target that learns may know
+        it only once it is fitted.
+        """
+        return None
 
     def require_context(self, context: Context | None) -> Context:
         """The context, which a target that needs it must have been given."""
@@ -131,6 +184,10 @@ class Target(ABC):
         self._columns = None if self.rewards is None else [names.index(name) for name in self.rewards]
         self._weights = reward_weights
 
+    def names_read(self) -> list[str]:
+        """Names of the reward functions that this target asks for; empty if it takes whatever there is."""
+        return list(self.rewards or [])
+
     def select(self, rewards: torch.Tensor) -> torch.Tensor:
         """The columns of `rewards` that this target reads, `(N, K')`."""
         if self._columns is None:
@@ -157,11 +214,21 @@ class Target(ABC):
         """
         Learns from samples of the prior that the bound reward functions have scored.
 
+        What is learned of each prompt by itself is learned of all of them; what is learned across prompts is an
+        average over those of the training data, each as often as it occurs there (`prior.multiplicity`).
+
         Args:
             prior ([`PriorScores`]): rewards `(P, N, K)`, `log pi_0` `(P, N)` and keys `(P,)` of `P` prompts.
 
         Raises:
             ValueError: if the samples do not allow what the target asks for.
+        """
+
+    def warn_of_too_few_samples(self, num_samples: int) -> None:  # noqa: B027 - nothing to learn by default
+        """
+        Warns if so many samples of the prior for each prompt are too few for what this target learns from them.
+
+        To be called before any is drawn: unlike `fit`, this needs none.
         """
 
     @property
@@ -178,14 +245,14 @@ class Target(ABC):
 
     def log_z(self, keys: torch.Tensor) -> torch.Tensor | None:
         """
-        `log Z` of some prompts where it is known without sampling the policy, for `partition="known"`.
+        The log marginal likelihood `log Z` of some prompts in closed form, for `partition="known"`.
 
         Args:
             keys (`torch.Tensor`): prompt keys, int64 of shape `(P,)`.
 
         Returns:
             `torch.Tensor`, *optional*: shape `(P,)` in nats, `NaN` for a prompt where nothing could be learned; `None`
-            for a target whose evidence has to be estimated.
+            for a target whose `Z` has to be estimated.
         """
         return None
 

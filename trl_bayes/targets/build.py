@@ -1,38 +1,21 @@
 """Targets from configuration: a name, a mapping, a dotted path, or an object."""
 
+import importlib
 import inspect
+import pkgutil
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..rewards.specification import import_object, with_numbers
 from .base import Target
-from .calibrated import Calibrated
-from .chi_squared import ChiSquared
-from .constraint import Constraint
-from .log_sigmoid import LogSigmoidCentered
-from .moments import Moments
-from .product import Product
-from .tempered import Tempered
-from .tilt import Tilt
-from .transforms import build_transform
 
-
-_BY_NAME: dict[str, type[Target]] = {
-    "tilt": Tilt,
-    "constraint": Constraint,
-    "moments": Moments,
-    "product": Product,
-    "calibrated": Calibrated,
-    "log_sigmoid_centered": LogSigmoidCentered,
-    "tempered": Tempered,
-    "chi_squared": ChiSquared,
-}
 
 TargetSpec = str | Mapping[str, Any] | Target
 
 
-def build_target(spec: TargetSpec | None, beta: float) -> Target:
+def build_target(spec: TargetSpec | None, beta: float | None = None) -> Target:
     """
     Makes a target from what a user writes.
 
@@ -41,11 +24,11 @@ def build_target(spec: TargetSpec | None, beta: float) -> Target:
             A name (`"constraint"`), a mapping with `name` and the target's arguments (`{"name": "tilt", "beta": 0.1}`;
             the factors of a `product` are such specifications, and the arguments of a `calibrated` target's transform
             stand beside its name: `{"name": "calibrated", "transform": "best_of_n", "n": 4}`), a dotted path to a
-            [`Target`] class (`"my_package.targets.Mine"`), or a [`Target`]. `None` is `Tilt(beta)` over the weighted
-            reward sum.
-        beta (`float`):
-            Temperature of a `tilt`, a `chi_squared` or a `calibrated` target that does not give its own (nor, the
-            last, has a transform with one).
+            [`Target`] class (`"my_package.targets.Mine"`), or a [`Target`]. `None` is `tilt`, over the weighted reward
+            sum.
+        beta (`float`, *optional*):
+            The run's temperature, for a target that takes one and is not given its own; `None`, or 0 for pure RL,
+            leaves it at the target's default.
 
     Returns:
         [`Target`]
@@ -53,22 +36,17 @@ def build_target(spec: TargetSpec | None, beta: float) -> Target:
     Raises:
         ValueError: unknown name, or arguments that the target does not take.
     """
-    if spec is None:
-        return Tilt(beta)
     if isinstance(spec, Target):
         return spec
+    if spec is None:
+        spec = "tilt"
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         raise ValueError(f"`target` must be a name, a mapping with `name`, a dotted path or a `Target`, got {spec!r}.")
-    arguments = {key: value for key, value in spec.items() if key != "name"}
     target_class = _find(spec["name"])
-    if target_class is Calibrated and "transform" in arguments:
-        arguments = _with_transform(arguments, beta)
-    if target_class in (Tilt, ChiSquared):
-        arguments.setdefault("beta", beta)
-    if target_class is Product:
-        arguments["factors"] = [build_target(factor, beta) for factor in arguments.get("factors", [])]
+    given = {key: value for key, value in spec.items() if key != "name"}
+    arguments = target_class.arguments_from_config(given, beta)
     try:
         inspect.signature(target_class).bind(**arguments)
     except TypeError as error:
@@ -81,25 +59,32 @@ def build_target(spec: TargetSpec | None, beta: float) -> Target:
         raise ValueError(f"The target {spec['name']!r} cannot be made from {arguments} ({error}).") from error
 
 
-def _with_transform(arguments: dict[str, Any], beta: float) -> dict[str, Any]:
-    """The arguments of `Calibrated`, with the transform made from its name and the arguments that are its own."""
-    own = {key: value for key, value in arguments.items() if key not in inspect.signature(Calibrated).parameters}
-    transform = build_transform(arguments["transform"], **own)
-    default = beta if transform.default_beta is None else transform.default_beta
-    rest = {key: value for key, value in arguments.items() if key not in own}
-    return {"beta": default, **rest, "transform": transform}
+def target_names() -> dict[str, type[Target]]:
+    """The targets of this package by the names that recipes use: `chi_squared` for `ChiSquared`."""
+    package = importlib.import_module(__package__)
+    found: dict[str, type[Target]] = {}
+    for each in pkgutil.iter_modules(package.__path__):
+        for value in vars(importlib.import_module(f"{__package__}.{each.name}")).values():
+            if _is_target(value):
+                found[re.sub(r"(?<!^)(?=[A-Z])", "_", value.__name__).lower()] = value
+    return dict(sorted(found.items()))
+
+
+def _is_target(value: Any) -> TypeGuard[type[Target]]:
+    return inspect.isclass(value) and issubclass(value, Target) and not inspect.isabstract(value)
 
 
 def _find(name: str) -> type[Target]:
-    if name in _BY_NAME:
-        return _BY_NAME[name]
     if "." not in name:
-        close = get_close_matches(name, _BY_NAME, n=1)
+        known = target_names()
+        if name in known:
+            return known[name]
+        close = get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"Unknown target {name!r}: use one of {sorted(_BY_NAME)} or the dotted path of a Target class.{hint}"
+            f"Unknown target {name!r}: use one of {list(known)} or the dotted path of a Target class.{hint}"
         )
     found = import_object(name, "target")
-    if not (inspect.isclass(found) and issubclass(found, Target)) or inspect.isabstract(found):
+    if not _is_target(found):
         raise ValueError(f"The target {name!r} is not a concrete subclass of `trl_bayes.targets.Target`.")
     return found

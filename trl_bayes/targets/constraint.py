@@ -40,5 +40,8 @@ class Constraint(Target):
         phi = torch.zeros_like(selected[:, 0]).masked_fill(~holds, float("-inf"))
         return phi.masked_fill(missing.all(dim=1), torch.nan)
 
+    def max_log_potential(self) -> float:
+        return 0.0
+
     def settings(self) -> dict[str, Any]:
         return {"threshold": self.threshold, **super().settings()}

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..prior import Context, PriorScores
-from .base import Target
-from .product import Product
+from .base import LogPotentialError, Target
 
 
 def assert_target_contract(
@@ -20,10 +19,11 @@ def assert_target_contract(
         def test_mine():
             assert_target_contract(Mine(slope=2.0), ["quality", "length"])
 
-    Checked are: one value per completion, of the rewards' dtype; never `+inf`, and `-inf` only if `hard`; `NaN` for a
-    completion without any reward; the same value in any order and any batch, for one completion and for none, and on a
-    second call; rewards left as they were; large rewards; `settings` and `repr` that do not change; and a state that
-    survives `torch.save` and restores the target without a second fit. The target given is left as it was.
+    Checked are: one value per completion, of the rewards' dtype; never `+inf` nor above `max_log_potential`, and
+    `-inf` only if `hard`; `NaN` for a completion without any reward; the same value in any order and any batch, for
+    one completion and for none, and on a second call; rewards left as they were; large rewards; `settings` and `repr`
+    that do not change; and a state that survives `torch.save` and restores the target without a second fit. The
+    target given is left as it was.
 
     Args:
         target ([`Target`]): the target to check, bound or not, fitted or not.
@@ -35,7 +35,7 @@ def assert_target_contract(
     Raises:
         AssertionError: saying what is broken.
     """
-    names = list(dict.fromkeys(reward_names or _names_read(target))) or ["first", "second"]
+    names = list(dict.fromkeys(reward_names or target.names_read())) or ["first", "second"]
     prior = _normal_prior(len(names)) if prior is None else prior
     fresh, checked = copy.deepcopy(target), copy.deepcopy(target)
     description = repr(target)
@@ -45,8 +45,11 @@ def assert_target_contract(
     if checked.needs_prior_samples:
         checked.fit(prior)
         _ensure(checked.is_fitted, "`is_fitted` is False after `fit`: a resumed run would fit again")
-    _check_evidence(checked, prior)
-    _check_partition(checked, prior)
+    try:
+        _check_log_potential(checked, prior)
+    except LogPotentialError as error:
+        raise AssertionError(f"Target contract: {error}") from None
+    _check_log_z(checked, prior)
     _check_state(fresh, checked, names, prior)
     _ensure(repr(checked) == description, f"its `repr` changed with use, from {description} to {checked!r}")
 
@@ -56,12 +59,6 @@ def _ensure(condition: bool, message: str) -> None:
         raise AssertionError(f"Target contract: {message}.")
 
 
-def _names_read(target: Target) -> list[str]:
-    if isinstance(target, Product):
-        return [name for factor in target.factors for name in _names_read(factor)]
-    return target.rewards or []
-
-
 def _normal_prior(num_rewards: int) -> PriorScores:
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(3, 256, num_rewards, generator=generator)
@@ -69,7 +66,7 @@ def _normal_prior(num_rewards: int) -> PriorScores:
     return PriorScores(rewards, log_prior, torch.tensor([5, 2**59 + 1, 11]))
 
 
-def _check_evidence(target: Target, prior: PriorScores) -> None:
+def _check_log_potential(target: Target, prior: PriorScores) -> None:
     rewards = prior.rewards.flatten(0, 1)  # (P * N, K)
     context = Context(prior.log_prior.flatten(), prior.keys.repeat_interleave(prior.log_prior.size(1)))
     given = rewards.clone()
@@ -105,17 +102,15 @@ def _check_evidence(target: Target, prior: PriorScores) -> None:
 
 
 def _check_values(target: Target, phi: torch.Tensor, rewards: torch.Tensor) -> None:
-    _ensure(isinstance(phi, torch.Tensor), f"it returns {type(phi).__name__} and not a tensor")
-    _ensure(
-        phi.shape == rewards.shape[:1],
-        f"it returns shape {tuple(phi.shape)} for {len(rewards)} completions: one value each, ({len(rewards)},)",
-    )
     _ensure(phi.dtype == rewards.dtype, f"it returns {phi.dtype} for rewards of {rewards.dtype}")
-    _ensure(not (phi == torch.inf).any(), "it returns +inf, which no posterior can have")
     _ensure(target.hard or not (phi == -torch.inf).any(), "it returns -inf: set `hard = True`, or bound it")
+    bound = target.max_log_potential()
+    if bound is not None and len(phi):
+        largest = phi.nan_to_num(nan=-torch.inf, neginf=-torch.inf).max().item()
+        _ensure(largest <= bound + 1e-6, f"it returns {largest:.6g}, above its `max_log_potential` of {bound:.6g}")
 
 
-def _check_partition(target: Target, prior: PriorScores) -> None:
+def _check_log_z(target: Target, prior: PriorScores) -> None:
     log_z = target.log_z(prior.keys)
     if log_z is not None:
         _ensure(log_z.shape == prior.keys.shape, f"`log_z` returns {tuple(log_z.shape)}, not one per prompt")

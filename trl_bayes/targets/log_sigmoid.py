@@ -50,5 +50,8 @@ class LogSigmoidCentered(PerPromptTarget):
         total = torch.nn.functional.logsigmoid(centered).nansum(dim=1)
         return total.masked_fill(centered.isnan().all(dim=1), torch.nan) / self.gamma
 
+    def max_log_potential(self) -> float:
+        return 0.0
+
     def settings(self) -> dict[str, Any]:
         return {"gamma": self.gamma, "quantile": self.quantile, **super().settings()}

@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,13 +29,14 @@ class Moments(Target):
 
     `lambda` minimizes the convex dual `E_x log E_{pi_0(y|x)}[exp(lambda . (f - mu))]` over prior samples: the mean
     over prompts of `log Z(x)`, and not the `log Z` of all samples pooled, which would weigh prompts by their `Z(x)`.
-    There is one `lambda` for all prompts, and all prompts weigh the same in the moments, as they do in training: a
-    prompt may be off if others make up for it. Subtracting `mu` changes `Z` and not `p`, and makes a feature that does
-    not apply to a completion (`NaN`) neutral: the moment is the mean over completions to which it applies.
+    There is one `lambda` for all prompts, and `E_x` is over the training data: a prompt counts as often as it occurs
+    there (`PriorScores.multiplicity`), and one of the evaluation alone does not. A prompt may be off if others make up
+    for it. Subtracting `mu` changes `Z` and not `p`, and makes a feature that does not apply to a completion (`NaN`)
+    neutral: the moment is the mean over completions to which it applies.
 
-    In a [`Product`] with other targets it is the product whose moments are `mu`: `lambda` is fitted under the evidence
-    of the others, so `Product([Constraint("valid"), Moments({"female": 0.5})])` has half of the *valid* ones about
-    women.
+    In a [`Product`] with other targets it is the product whose moments are `mu`: `lambda` is fitted under the
+    log-potentials of the others, so `Product([Constraint("valid"), Moments({"female": 0.5})])` has half of the *valid*
+    ones about women.
 
     Args:
         mu (`dict[str, float]`): the mean that each feature, named as its reward function, is to have.
@@ -74,17 +75,17 @@ class Moments(Target):
         log_base = torch.zeros_like(centered[..., 0]) if prior.log_weights is None else prior.log_weights.double()
         unscored = centered.isnan().all(dim=2)  # by this target; if nobody else can, left out here as in training
         log_base = log_base.masked_fill(unscored if prior.scored is None else unscored & ~prior.scored, -math.inf)
-        usable = (log_base > -math.inf).any(dim=1)
+        usable = (log_base > -math.inf).any(dim=1) & (prior.multiplicity > 0)
         if not usable.any():
             raise ValueError(
-                f"No sample of the prior has both a feature of {self!r} and the evidence of the other factors of the "
-                "product: draw more prior samples, or ask for less."
+                f"No sample of the prior has both a feature of {self!r} and what the other factors of the product ask "
+                "for: draw more prior samples, or ask for less."
             )
-        centered, log_base = centered[usable].nan_to_num(nan=0.0), log_base[usable]
-        names = list(self.mu)
-        _refuse_unreachable(names, self.mu, centered, log_base)
-        self._lambda = _minimize_dual(names, self.mu, centered, log_base)
-        self._diagnostics = self._describe(centered, log_base)
+        share = prior.multiplicity[usable] / prior.multiplicity[usable].sum()
+        features = _Features(self.mu, centered[usable].nan_to_num(nan=0.0), log_base[usable], share)
+        _refuse_unreachable(features)
+        self._lambda = _minimize_dual(features)
+        self._diagnostics = self._describe(features)
         if (effective := self._diagnostics["moments/effective_samples"]) < _MIN_SAMPLES:
             warnings.warn(
                 f"The moments of {self!r} rest on {effective:.0f} effective samples of the prior: draw more, or what "
@@ -97,14 +98,15 @@ class Moments(Target):
         features = self.select(rewards).double()
         return features.masked_fill(features.isinf(), torch.nan) - features.new_tensor(list(self.mu.values()))
 
-    def _describe(self, centered: torch.Tensor, log_base: torch.Tensor) -> dict[str, float]:
+    def _describe(self, features: "_Features") -> dict[str, float]:
         assert self._lambda is not None
-        weight = (log_base + centered @ self._lambda).softmax(dim=1)  # (P, N)
+        weight = (features.log_base + features.centered @ self._lambda).softmax(dim=1)  # (P, N)
         effective = 1 / weight.square().sum(dim=1)  # (P,)
-        achieved = _mean(weight, centered)
-        before = _mean(log_base.softmax(dim=1), centered)
+        achieved = _mean(weight, features.centered, features.share)
+        before = _mean(features.log_base.softmax(dim=1), features.centered, features.share)
+        ess = effective / (features.log_base > -math.inf).sum(dim=1)
         numbers = {
-            "moments/ess": (effective / (log_base > -math.inf).sum(dim=1)).mean().item(),
+            "moments/ess": (features.share @ ess).item(),
             "moments/effective_samples": effective.sum().item(),
         }
         for k, (name, mu) in enumerate(self.mu.items()):
@@ -116,8 +118,8 @@ class Moments(Target):
     def diagnostics(self) -> dict[str, float]:
         """
         Per feature its achieved moment, the moment `before` (under the prior and the other factors) and its `lambda`;
-        the effective sample size `moments/ess` as a fraction of a prompt's samples, averaged over prompts, and
-        `moments/effective_samples` as a number, summed over them.
+        the effective sample size `moments/ess` as a fraction of a prompt's samples, averaged over the training data,
+        and `moments/effective_samples` as a number, summed over its prompts.
         """
         return dict(self._diagnostics)
 
@@ -136,47 +138,54 @@ class Moments(Target):
         self._diagnostics = dict(state["diagnostics"]) if state else {}
 
 
-def _mean(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+class _Features(NamedTuple):
+    """What `lambda` is fitted to: the samples of `P` prompts of the training data."""
+
+    mu: Mapping[str, float]
+    centered: torch.Tensor  # (P, N, K'): f - mu, 0 where a feature does not apply
+    log_base: torch.Tensor  # (P, N): log-potential of the other factors; -inf for a sample that is left out
+    share: torch.Tensor  # (P,): of the training data, summing to one
+
+
+def _mean(weight: torch.Tensor, values: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """`E_x E_w[values]`, `(K,)`, of values `(P, N, K)` under weights `(P, N)` that sum to one for each prompt."""
-    return torch.einsum("pn,pnk->k", weight, values) / weight.size(0)
+    return torch.einsum("p,pn,pnk->k", share, weight, values)
 
 
-def _covariance(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _covariance(weight: torch.Tensor, values: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """`E_x Cov_w(values)`, `(K, K)`: the mean over prompts of the covariance within each."""
     centered = values - torch.einsum("pn,pnk->pk", weight, values).unsqueeze(1)
-    return torch.einsum("pn,pnk,pnl->kl", weight, centered, centered) / weight.size(0)
+    return torch.einsum("p,pn,pnk,pnl->kl", share, weight, centered, centered)
 
 
-def _extremes(values: torch.Tensor, log_base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _extremes(values: torch.Tensor, log_base: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The least and the largest mean over prompts that weights on the base's support can give `(P, N, K)`: `(K,)`."""
     outside = (log_base == -math.inf).unsqueeze(2)
-    lowest = values.masked_fill(outside, math.inf).amin(dim=1).mean(dim=0)
-    return lowest, values.masked_fill(outside, -math.inf).amax(dim=1).mean(dim=0)
+    lowest = share @ values.masked_fill(outside, math.inf).amin(dim=1)
+    return lowest, share @ values.masked_fill(outside, -math.inf).amax(dim=1)
 
 
-def _refuse_unreachable(
-    names: Sequence[str], mu: Mapping[str, float], centered: torch.Tensor, log_base: torch.Tensor
-) -> None:
+def _refuse_unreachable(features: _Features) -> None:
     """Looks at each feature alone, so that the commonest mistakes get the plainest message."""
-    lowest, highest = _extremes(centered, log_base)
-    for k, name in enumerate(names):
-        low, high = mu[name] + lowest[k].item(), mu[name] + highest[k].item()
+    lowest, highest = _extremes(features.centered, features.log_base, features.share)
+    for k, (name, mu) in enumerate(features.mu.items()):
+        low, high = mu + lowest[k].item(), mu + highest[k].item()
         if highest[k] - lowest[k] <= 1e-12 * (1 + abs(low)):
             raise ValueError(
                 f"The feature {name!r} never varies among the prior samples of a prompt (its mean is {low:.4g}), so "
-                f"no target can give it the moment {mu[name]:.4g}: draw more prior samples, or leave it out."
+                f"no target can give it the moment {mu:.4g}: draw more prior samples, or leave it out."
             )
         if not lowest[k] < 0 < highest[k]:
             raise ValueError(
-                f"`Moments` cannot reach {name!r} = {mu[name]:.4g}: the prior samples allow means between {low:.4g} "
+                f"`Moments` cannot reach {name!r} = {mu:.4g}: the prior samples allow means between {low:.4g} "
                 f"and {high:.4g}, both excluded. Choose one in between, or draw more prior samples; for a feature "
                 "that must always hold, use `Constraint`."
             )
 
 
-def _refuse_together(names: Sequence[str], mu: Mapping[str, float], direction: torch.Tensor) -> None:
+def _refuse_together(mu: Mapping[str, float], direction: torch.Tensor) -> None:
     """Raises for a direction `(K,)` in feature space, in units of standard deviations, that cannot be reached."""
-    involved = [name for name, part in zip(names, direction, strict=True) if part.abs() > 0.05 * direction.abs().max()]
+    involved = [name for name, part in zip(mu, direction, strict=True) if part.abs() > 0.05 * direction.abs().max()]
     asked = " and ".join(f"{name!r} = {mu[name]:.4g}" for name in involved)
     raise ValueError(
         f"`Moments` cannot reach {asked} together: no weighting of the prior samples has these means. Choose moments "
@@ -184,19 +193,17 @@ def _refuse_together(names: Sequence[str], mu: Mapping[str, float], direction: t
     )
 
 
-def _simplest(direction: torch.Tensor, values: torch.Tensor, log_base: torch.Tensor) -> torch.Tensor:
+def _simplest(direction: torch.Tensor, values: torch.Tensor, features: _Features) -> torch.Tensor:
     """A direction `(K,)` along which values `(P, N, K)` cannot reach 0, with as few features as possible."""
     for k in direction.abs().argsort():
         without = direction.index_fill(0, k, 0.0)
-        _, highest = _extremes((values @ without).unsqueeze(2), log_base)
+        _, highest = _extremes((values @ without).unsqueeze(2), features.log_base, features.share)
         if without.any() and highest.item() <= 0:
             direction = without
     return direction
 
 
-def _minimize_dual(
-    names: Sequence[str], mu: Mapping[str, float], centered: torch.Tensor, log_base: torch.Tensor
-) -> torch.Tensor:
+def _minimize_dual(features: _Features) -> torch.Tensor:
     """
     `argmin_lambda E_x log E_base[exp(lambda . (f - mu))]`, `(K,)`, by Newton's method with a backtracking line search.
 
@@ -205,25 +212,19 @@ def _minimize_dual(
     The moments are out of reach, exactly, if some `lambda` has `E_x max_y lambda . (f - mu) <= 0`; and on the edge of
     what is in reach if the posterior loses a direction.
     """
+    mu, centered, log_base, share = features
     base = log_base.log_softmax(dim=1)
-    scale = _covariance(base.exp(), centered).diagonal().sqrt()  # (K,)
-    correlation = _covariance(base.exp(), centered / scale)
-    variances, directions = torch.linalg.eigh(correlation)
-    varies = variances > _FLAT * len(names)
-    mean = _mean(base.exp(), centered / scale)
-    for direction in directions[:, ~varies].T:
-        if (direction @ mean).abs() > 1e-6:
-            _refuse_together(names, mu, direction)
-    to_unit = directions[:, varies] / variances[varies].sqrt() / scale.unsqueeze(1)  # (K, R)
+    scale = _covariance(base.exp(), centered, share).diagonal().sqrt()  # (K,)
+    to_unit = _unit_directions(mu, base.exp(), centered / scale, share) / scale.unsqueeze(1)  # (K, R)
     unit = centered @ to_unit  # (P, N, R), of unit covariance under the base
 
     def dual(step: torch.Tensor) -> torch.Tensor:
-        return (base + unit @ step).logsumexp(dim=1).mean()
+        return share @ (base + unit @ step).logsumexp(dim=1)
 
     theta = unit.new_zeros(unit.size(2))
     for _ in range(_MAX_ITERATIONS):
         weight = (base + unit @ theta).softmax(dim=1)
-        gradient, hessian = _mean(weight, unit), _covariance(weight, unit)
+        gradient, hessian = _mean(weight, unit, share), _covariance(weight, unit, share)
         if gradient.abs().max() <= _TOLERANCE:
             break
         step = -torch.linalg.lstsq(hessian, gradient.unsqueeze(1), driver="gelsd").solution.squeeze(1)
@@ -235,15 +236,28 @@ def _minimize_dual(
         while not dual(theta + length * step) <= here + 1e-4 * length * descent + 1e-15 and length > 1e-10:
             length /= 2
         theta = theta + length * step
-        _, highest = _extremes((unit @ theta).unsqueeze(2), log_base)
+        _, highest = _extremes((unit @ theta).unsqueeze(2), log_base, share)
         if highest.item() <= 0:
-            _refuse_together(names, mu, _simplest((to_unit @ theta) * scale, centered / scale, log_base))
+            _refuse_together(mu, _simplest((to_unit @ theta) * scale, centered / scale, features))
     else:
         raise ValueError(
             f"The moments {dict(mu)} were not found in {_MAX_ITERATIONS} steps of Newton's method: they are at the "
             "edge of what the prior samples allow, or a feature has extreme outliers; choose others, or bound it."
         )
-    smallest, edge = torch.linalg.eigh(_covariance((base + unit @ theta).softmax(dim=1), unit))
+    smallest, edge = torch.linalg.eigh(_covariance((base + unit @ theta).softmax(dim=1), unit, share))
     if smallest[0] < _EDGE:
-        _refuse_together(names, mu, (to_unit @ edge[:, 0]) * scale)
+        _refuse_together(mu, (to_unit @ edge[:, 0]) * scale)
     return to_unit @ theta
+
+
+def _unit_directions(
+    mu: Mapping[str, float], weight: torch.Tensor, scaled: torch.Tensor, share: torch.Tensor
+) -> torch.Tensor:
+    """Combinations of features `(K, R)` of unit variance each and uncorrelated, without those that never vary."""
+    variances, directions = torch.linalg.eigh(_covariance(weight, scaled, share))
+    varies = variances > _FLAT * len(mu)
+    mean = _mean(weight, scaled, share)
+    for direction in directions[:, ~varies].T:
+        if (direction @ mean).abs() > 1e-6:
+            _refuse_together(mu, direction)
+    return directions[:, varies] / variances[varies].sqrt()

@@ -11,7 +11,7 @@ from .base import Target
 
 class PerPromptTarget(Target):
     """
-    A target whose evidence compares a completion with the prior's samples for the same prompt.
+    A target whose log-potential compares a completion with the prior's samples for the same prompt.
 
     A subclass says what is learned of a prompt ([`~PerPromptTarget.learn`]) and reads it back with
     [`~PerPromptTarget.learned`]; the rest (context, state, prompts without samples) is here.

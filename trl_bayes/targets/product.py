@@ -1,25 +1,26 @@
-"""Several pieces of evidence at once."""
+"""Several targets at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..prior import Context, PriorScores
 from .base import Target
+from .build import build_target
 
 
 class Product(Target):
     """
-    A product of experts: all the evidence of its factors, `phi = sum_i phi_i`.
+    A product of experts: the log-potentials of its factors added up, `phi = sum_i phi_i`.
 
     For example a hard constraint and a preference,
     `Product([Constraint(rewards="compiles"), Tilt(beta=0.1, rewards="quality")])`. A factor without any reward for a
     completion adds nothing to it; a completion that no factor which reads rewards can score is left out of the update.
 
     A factor that learns from the prior learns what it would learn alone (quantiles, references, thresholds are the
-    prior's). Only [`Moments`] are fitted under the evidence of all other factors, because they say what holds for the
-    product.
+    prior's). Only [`Moments`] are fitted under the log-potentials of all other factors, because they say what holds
+    for the product.
 
     Args:
         factors (`list[Target]`):
@@ -43,13 +44,35 @@ class Product(Target):
                 "one `Moments`."
             )
 
+    @classmethod
+    def arguments_from_config(cls, given: Mapping[str, Any], beta: float | None) -> dict[str, Any]:
+        return {**given, "factors": [build_target(factor, beta) for factor in given.get("factors", [])]}
+
     def bind(self, reward_names: Sequence[str], reward_weights: torch.Tensor | None = None) -> None:
         for factor in self.factors:
             factor.bind(reward_names, reward_weights)
 
+    def names_read(self) -> list[str]:
+        return [name for factor in self.factors for name in factor.names_read()]
+
     def log_potential(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         phi, scored = _combine(self.factors, [factor(rewards, context) for factor in self.factors])
         return phi.masked_fill(~scored, torch.nan) if self.reads_rewards else phi
+
+    def max_log_potential(self) -> float | None:
+        """The sum of the factors' bounds, if each has one."""
+        total = 0.0
+        for factor in self.factors:
+            bound = factor.max_log_potential()
+            if bound is None:
+                return None
+            # A factor without any reward for a completion adds nothing to it, which may be more than its bound
+            total += max(bound, 0.0) if factor.reads_rewards and len(self.factors) > 1 else bound
+        return total
+
+    def warn_of_too_few_samples(self, num_samples: int) -> None:
+        for factor in self.factors:
+            factor.warn_of_too_few_samples(num_samples)
 
     def fit(self, prior: PriorScores) -> None:
         for factor in self.factors:
@@ -58,15 +81,15 @@ class Product(Target):
         for factor in self.factors:
             if factor.fits_under_others:
                 others = [other for other in self.factors if other is not factor]
-                evidence = [prior.log_potential(other) for other in others]
-                factor.fit(prior.with_evidence(*_combine(others, evidence)) if others else prior)
+                each = [prior.log_potential(other) for other in others]
+                factor.fit(prior.under(*_combine(others, each)) if others else prior)
 
     @property
     def is_fitted(self) -> bool:
         return all(factor.is_fitted for factor in self.factors)
 
     def log_z(self, keys: torch.Tensor) -> torch.Tensor | None:
-        """Known for a single factor only: the evidence of several does not follow from that of each."""
+        """Known for a single factor only: the `Z` of several does not follow from that of each."""
         return self.factors[0].log_z(keys) if len(self.factors) == 1 else None
 
     def diagnostics(self) -> dict[str, float]:
@@ -89,7 +112,7 @@ class Product(Target):
 
 
 def _combine(factors: Sequence[Target], each: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the factors' evidence, where missing evidence adds nothing, and which completions a reward scores."""
+    """The sum of the factors' `phi`, where a missing one adds nothing, and which completions a reward scores."""
     scored = torch.zeros_like(each[0], dtype=torch.bool)
     for factor, phi in zip(factors, each, strict=True):
         if factor.reads_rewards:

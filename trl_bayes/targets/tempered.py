@@ -34,5 +34,9 @@ class Tempered(Target):
     def log_potential(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return ((self.a - 1) * self.require_context(context).log_prior).to(rewards)
 
+    def max_log_potential(self) -> float | None:
+        """0 where the prior is sharpened, since `log pi_0` is never positive; none where it is flattened."""
+        return 0.0 if self.a >= 1 else None
+
     def settings(self) -> dict[str, Any]:
         return {"a": self.a}

@@ -11,6 +11,9 @@ import torch
 from ..rewards.specification import with_numbers
 
 
+_DEFAULT_KL_BUDGET = 0.5  # nats
+
+
 @dataclass(frozen=True)
 class Transform:
     """
@@ -20,11 +23,17 @@ class Transform:
         name (`str`): how it is written; two transforms of the same name are the same.
         function (`Callable`): `Phi`, elementwise on tensors, finite and free of overflow on (0, 1).
         default_beta (`float`, *optional*): temperature that gives the law which the transform is named after.
+        log_mean (`Callable`, *optional*):
+            `log_mean(a, b, beta)`, the log of the mean of `exp(Phi(u)/beta)` over `a < u < b`, for a transform that
+            stands for a law of ranks: completions with the same reward share the quantiles from `a` to `b`, and
+            together they get the probability that the law gives to these. Without it they all have the one `u` in the
+            middle.
     """
 
     name: str
     function: Callable[[torch.Tensor], torch.Tensor] = field(compare=False)
     default_beta: float | None = field(default=None, compare=False)
+    log_mean: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = field(default=None, compare=False)
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
         return self.function(u)
@@ -38,14 +47,29 @@ def best_of_n(n: int) -> Transform:
     `Phi = log u`: with the default `beta = 1/(N-1)` the law of the best of `n` prior samples, density `N u^(N-1)`.
 
     See https://huggingface.co/papers/2407.06057. `Z = 1/N`, `KL(p||pi_0) = log N - (N-1)/N`, win rate `N/(N+1)`.
+    Exact with ties too: a class of completions with the same reward, on the quantiles from `a` to `b`, has the
+    probability `b^N - a^N` to be the best, so `phi = log[(b^N - a^N) / (N (b - a))]`.
     """
-    return Transform(f"best_of_n(n={_at_least_two('best_of_n', n)})", torch.log, 1 / (n - 1))
+    name = f"best_of_n(n={_at_least_two('best_of_n', n)})"
+    return Transform(name, torch.log, 1 / (n - 1), _log_mean_power)
 
 
 def worst_of_n(n: int) -> Transform:
-    """`Phi = log(1 - u)`: with the default `beta = 1/(N-1)` the law of the worst of `n` prior samples."""
+    """
+    `Phi = log(1 - u)`: with the default `beta = 1/(N-1)` the law of the worst of `n` prior samples.
+
+    [`best_of_n`] from the other end, ties included.
+    """
     name = f"worst_of_n(n={_at_least_two('worst_of_n', n)})"
-    return Transform(name, lambda u: torch.log1p(-u), 1 / (n - 1))
+    return Transform(
+        name, lambda u: torch.log1p(-u), 1 / (n - 1), lambda a, b, beta: _log_mean_power(1 - b, 1 - a, beta)
+    )
+
+
+def _log_mean_power(a: torch.Tensor, b: torch.Tensor, beta: float) -> torch.Tensor:
+    """Log of the mean of `u^(1/beta)` over `a < u < b`: `log[(b^c - a^c) / (c (b - a))]` with `c = 1 + 1/beta`."""
+    c = 1 + 1 / beta
+    return c * b.log() + (-torch.expm1(c * (a.log() - b.log()))).log() - math.log(c) - (b - a).log()
 
 
 def ctrl_best_of_n(t: float = 10.0) -> Transform:
@@ -172,3 +196,28 @@ def beta_for_kl(transform: Transform, kl_prior: float) -> float:
         else:
             high = middle
     return math.exp((low + high) / 2)
+
+
+def temperature(transform: Transform, beta: float | None, kl_budget: float | None) -> float:
+    """
+    The temperature of a calibrated target, from itself or from how far the posterior may be from the prior.
+
+    Args:
+        transform ([`Transform`]): `Phi`.
+        beta (`float`, *optional*): in units of the transform per nat.
+        kl_budget (`float`, *optional*): `KL(p||pi_0)` in nats, in (0, 5]. Defaults to 0.5 where `beta` is unset too.
+
+    Raises:
+        ValueError: numbers out of range, or that do not go together; one sentence.
+    """
+    if kl_budget is not None and not 0 < kl_budget <= 5:
+        raise ValueError(f"`kl_budget={kl_budget}` must lie in (0, 5] nats: 0.5 is usual.")
+    if beta is None:
+        return beta_for_kl(transform, kl_budget or _DEFAULT_KL_BUDGET)
+    if not beta > 0:
+        raise ValueError(f"`beta={beta}` is not a temperature of CTRL: set a positive number, or `kl_budget` instead.")
+    if kl_budget is not None and not math.isclose(beta, implied := beta_for_kl(transform, kl_budget), rel_tol=1e-6):
+        raise ValueError(
+            f"`kl_budget={kl_budget}` asks for `beta={implied:.6g}`, but `beta={beta}` is set: leave one of them out."
+        )
+    return beta

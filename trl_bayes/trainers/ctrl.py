@@ -1,17 +1,13 @@
 """InfAlign-CTRL: KL-RL on a calibrated and transformed reward, for policies that are decoded by best-of-N."""
 
-import math
 import textwrap
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..targets import Target
-from ..targets.transforms import Transform, beta_for_kl, build_transform
+from ..targets.transforms import Transform, build_transform, temperature
 from .kl_rl import KLRLConfig, KLRLTrainer
 
 
 INFERENCE_PROCEDURES = ("best_of_n", "worst_of_n")
-_DEFAULT_KL_BUDGET = 0.5
 
 
 @dataclass
@@ -94,7 +90,7 @@ class CTRLConfig(KLRLConfig):
             )
         if self.transform_rate is None:
             self.transform_rate = 5.0 if self.inference_n == 2 else 10.0
-        self.beta = self._temperature(self.make_transform())
+        self.beta = temperature(self.make_transform(), self.beta, self.kl_budget)
         target = {
             "name": "calibrated",
             "transform": f"ctrl_{self.inference_procedure}",
@@ -112,24 +108,6 @@ class CTRLConfig(KLRLConfig):
     def make_transform(self) -> Transform:
         """The transform `Phi` of the calibrated reward."""
         return build_transform(f"ctrl_{self.inference_procedure}", t=self.transform_rate)
-
-    def _temperature(self, transform: Transform) -> float:
-        if self.kl_budget is not None and not 0 < self.kl_budget <= 5:
-            raise ValueError(f"`kl_budget={self.kl_budget}` must lie in (0, 5] nats: 0.5 is usual.")
-        if self.beta is None:
-            return beta_for_kl(transform, self.kl_budget or _DEFAULT_KL_BUDGET)
-        if not self.beta > 0:
-            raise ValueError(
-                f"`beta={self.beta}` is not a temperature of CTRL: set a positive number, or `kl_budget` instead."
-            )
-        if self.kl_budget is not None:
-            implied = beta_for_kl(transform, self.kl_budget)
-            if not math.isclose(self.beta, implied, rel_tol=1e-6):
-                raise ValueError(
-                    f"`kl_budget={self.kl_budget}` asks for `beta={implied:.6g}`, but `beta={self.beta}` is set: "
-                    "leave one of them out."
-                )
-        return self.beta
 
 
 class CTRLTrainer(KLRLTrainer):
@@ -187,8 +165,4 @@ class CTRLTrainer(KLRLTrainer):
     }
 
     config_class = CTRLConfig
-
-    def __init__(self, *args: Any, target: Target | str | dict[str, Any] | None = None, **kwargs: Any):
-        if target is not None:
-            raise ValueError("CTRLTrainer makes its target from its configuration: use KLRLTrainer for another.")
-        super().__init__(*args, **kwargs)
+    makes_target = True

@@ -3,12 +3,10 @@
 import textwrap
 from dataclasses import dataclass
 
-import torch
-
 from ..divergences import Divergence, get_divergence
-from ..estimators import finite_exp, importance_coefficient
+from ..estimators import Estimator, ImportanceWeights
 from .off_policy_trainer import OffPolicyConfig, OffPolicyTrainer
-from .posterior_trainer import Sequences
+from .posterior_config import PosteriorConfig
 
 
 @dataclass
@@ -79,9 +77,5 @@ class DPGTrainer(OffPolicyTrainer):
 
     config_class = DPGConfig
 
-    def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
-        return finite_exp(sequences.log_target - sequences.log_z - sequences.log_proposal)
-
-    def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        log_policy, log_target, log_proposal, log_z, _ = sequences
-        return importance_coefficient(log_policy, log_target, log_proposal, log_z)
+    def make_estimator(self, args: PosteriorConfig) -> Estimator:
+        return ImportanceWeights(args.make_divergence())

@@ -1,7 +1,9 @@
-"""Which generation settings keep the sampled distribution equal to the scored one."""
+"""Settings under which the fixed point is not the posterior: what each does, and why not."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from trl import GRPOConfig
 
 
 _EXACT_VALUES: dict[str, tuple[Any, ...]] = {
@@ -61,3 +63,100 @@ def distribution_altering_settings(settings: Mapping[str, Any]) -> dict[str, str
         for name, value in settings.items()
         if name in _EXACT_VALUES and value is not None and value not in _EXACT_VALUES[name]
     }
+
+
+class Inexact(NamedTuple):
+    """A setting, or several of a kind, with which a trainer does not do what it promises."""
+
+    refusal: str
+    """One sentence: what is set, why it cannot be, and what to set instead."""
+    fixed_point: str
+    """One sentence: where training goes with it all the same."""
+
+
+_NOT_USED = "It is not used: the fixed point is the posterior, without it."
+
+
+def inexact_settings(args: GRPOConfig, scale_rewards: Any) -> list[Inexact]:
+    """
+    All settings of a configuration under which the fixed point is not the posterior.
+
+    Args:
+        args ([`~trl.GRPOConfig`]): checked by TRL.
+        scale_rewards: as the user gave it, which TRL may have given another name.
+    """
+    return [*_sampling(args), *_objectives(args, scale_rewards)]
+
+
+def _sampling(args: GRPOConfig) -> Iterator[Inexact]:
+    """Those under which completions are not samples of the distribution that is scored."""
+    sampling = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    for source, settings in (("", sampling), (" in `generation_kwargs`", as_mapping(args.generation_kwargs))):
+        if altering := distribution_altering_settings(settings):
+            several = len(altering) > 1
+            names = " and ".join(f"`{name}={settings[name]}`" for name in altering)
+            advice = " and ".join(f"{advice} for `{name}`" if several else advice for name, advice in altering.items())
+            yield Inexact(
+                f"{names}{source} {'change' if several else 'changes'} the distribution that completions are sampled "
+                f"from, but not the one that is scored, so the result would not be the posterior: {advice}.",
+                f"With {names}{source} the policy is corrected only where it is sampled: what is cut off or penalized "
+                "keeps a probability that nobody controls, and the weights of the rest are off by it.",
+            )
+    if args.vllm_structured_outputs_regex is not None:
+        yield Inexact(
+            "`vllm_structured_outputs_regex` hides completions that the posterior may contain: leave it unset and "
+            "make the format a reward function of a `constraint` target.",
+            "With `vllm_structured_outputs_regex` the policy is corrected only among completions that match.",
+        )
+    if args.mask_truncated_completions:
+        yield Inexact(
+            "`mask_truncated_completions=True` drops outcomes that the policy does produce, so the result would not "
+            "be the posterior: set it to False, and give truncated completions a low reward if they are unwanted.",
+            "With `mask_truncated_completions` the fixed point is the posterior among completions that end; how often "
+            "the policy is cut at `max_completion_length` is left alone.",
+        )
+    if args.neftune_noise_alpha is not None:
+        yield Inexact(
+            f"`neftune_noise_alpha={args.neftune_noise_alpha}` adds noise to the embeddings while completions are "
+            "scored, but not while they are sampled: leave it unset.",
+            "With `neftune_noise_alpha` log-probabilities are noisy, and the policy is off by that noise.",
+        )
+
+
+def _objectives(args: GRPOConfig, scale_rewards: Any) -> Iterator[Inexact]:
+    """Those that add to, or reshape, the objective, so that its optimum is not the posterior."""
+    if args.scale_rewards != "none":
+        yield Inexact(
+            f"`scale_rewards={scale_rewards!r}` divides rewards by their standard deviation, so `beta` would not be "
+            "the posterior's temperature: set `scale_rewards='none'`.",
+            f"`scale_rewards={scale_rewards!r}`: {_NOT_USED}",
+        )
+    if args.multi_objective_aggregation != "sum_then_normalize":
+        yield Inexact(
+            f"`multi_objective_aggregation={args.multi_objective_aggregation!r}` rescales each reward by its batch, "
+            "so the log-potential would depend on the batch: set 'sum_then_normalize' and use `reward_weights`.",
+            f"`multi_objective_aggregation={args.multi_objective_aggregation!r}`: {_NOT_USED}",
+        )
+    if args.sync_ref_model:
+        yield Inexact(
+            "`sync_ref_model=True` moves the prior, and the posterior with it, during training: set it to False.",
+            "With `sync_ref_model` the prior follows the policy, and the posterior goes on to ever larger rewards.",
+        )
+    if args.top_entropy_quantile < 1.0:
+        yield Inexact(
+            f"`top_entropy_quantile={args.top_entropy_quantile}` drops tokens from the gradient, so the result would "
+            "not be the posterior: set it to 1.0.",
+            f"`top_entropy_quantile={args.top_entropy_quantile}`: {_NOT_USED}",
+        )
+    if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
+        yield Inexact(
+            "An entropy bonus moves the optimum away from the posterior, whose entropy the prior already sets: set "
+            "`entropy_coef=0.0` and `use_adaptive_entropy=False` (a larger `beta` keeps more of the prior's entropy).",
+            f"`entropy_coef` and `use_adaptive_entropy`: {_NOT_USED}",
+        )
+    if args.off_policy_mask_threshold is not None:
+        yield Inexact(
+            "`off_policy_mask_threshold` drops completions by their weight, so the result would not be the posterior: "
+            "leave it unset (forward KL by importance weights and trajectory balance are safe off-policy).",
+            f"`off_policy_mask_threshold`: {_NOT_USED}",
+        )

@@ -3,11 +3,9 @@
 import textwrap
 from dataclasses import dataclass
 
-import torch
-
-from ..estimators import leave_one_out_baseline, score_function_coefficient
-from .posterior_config import DivergenceConfig
-from .posterior_trainer import PosteriorTrainer, Sequences
+from ..estimators import Estimator, ScoreFunction
+from .posterior_config import DivergenceConfig, PosteriorConfig
+from .posterior_trainer import PosteriorTrainer
 
 
 @dataclass
@@ -71,8 +69,5 @@ class FDPGTrainer(PosteriorTrainer):
 
     config_class = FDPGConfig
 
-    def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        return score_function_coefficient(*sequences, self.divergence)
-
-    def baseline(self, group: Sequences, valid: torch.Tensor) -> torch.Tensor:
-        return leave_one_out_baseline(group.log_policy - group.log_target, group.log_z, valid, self.divergence)
+    def make_estimator(self, args: PosteriorConfig) -> Estimator:
+        return ScoreFunction(args.make_divergence())

@@ -1,14 +1,13 @@
 """KL-RL: variational inference of the posterior, i.e. reinforcement learning with a KL penalty."""
 
+import textwrap
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from ..divergences import Divergence, get_divergence
-from ..estimators import finite_exp, leave_one_out_mean
+from ..estimators import Estimator, PolicyGradient, PureRL
 from .posterior_config import PosteriorConfig
-from .posterior_trainer import PosteriorTrainer, Sequences
+from .posterior_trainer import PosteriorTrainer
 
 
 @dataclass
@@ -70,22 +69,21 @@ class KLRLTrainer(PosteriorTrainer):
 
     _tag_names = ["trl", "trl-bayes", "kl-rl"]
     _name = "KL-RL"
+    _paper = {
+        "title": "RL with KL penalties is better viewed as Bayesian inference",
+        "id": "2205.11275",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{korbak2022rl,
+                title        = {{RL with KL penalties is better viewed as Bayesian inference}},
+                author       = {Tomasz Korbak and Ethan Perez and Christopher L. Buckley},
+                year         = 2022,
+                booktitle    = {Findings of the Association for Computational Linguistics: EMNLP 2022},
+                eprint       = {arXiv:2205.11275},
+            }"""),
+    }
 
     config_class = KLRLConfig
 
-    def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
-        if self.beta == 0:  # pure RL: no prior, the evidence is the reward itself
-            return sequences.log_target
-        return sequences.log_target - sequences.log_policy
-
-    def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        ratio = finite_exp(sequences.log_policy - sequences.log_proposal)
-        return -ratio * (self.pseudo_reward(sequences) - sequences.baseline)
-
-    def baseline(self, group: Sequences, valid: torch.Tensor) -> torch.Tensor:
-        return leave_one_out_mean(self.pseudo_reward(group), valid)
-
-    def value(self, sequences: Sequences) -> torch.Tensor:
-        if self.beta == 0:
-            return -sequences.log_target
-        return super().value(sequences)
+    def make_estimator(self, args: PosteriorConfig) -> Estimator:
+        return (PolicyGradient if args.beta != 0 else PureRL)(args.make_divergence())

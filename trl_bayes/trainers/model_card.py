@@ -1,7 +1,14 @@
 """What a model card says of the posterior that a model was trained towards."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from transformers import TrainerState
+
+from ..estimators import Estimator
+from ..targets import Target
+from .posterior_config import PosteriorConfig
 
 
 _BEFORE = "### Framework versions"  # a heading of TRL's template
@@ -16,13 +23,16 @@ _SHOWN = {
 }
 
 
-def posterior_section(target: str, divergence: str, partition: str, log_history: Sequence[Mapping[str, Any]]) -> str:
+def posterior_section(
+    target: str, divergence: str, partition: str, log_history: Sequence[Mapping[str, Any]], inexact: Sequence[str] = ()
+) -> str:
     """
     The section in Markdown: target, divergence, how log Z is estimated, and the last logged estimates.
 
     Args:
         target, divergence, partition (`str`): as the trainer names them.
         log_history (`Sequence[Mapping]`): the trainer's log, the latest entry last.
+        inexact (`Sequence[str]`): sentences on settings under which the fixed point is another.
     """
     lines = [
         "### Posterior",
@@ -30,6 +40,8 @@ def posterior_section(target: str, divergence: str, partition: str, log_history:
         f"The target is `{target}`: the posterior p ∝ π₀ exp(φ), where π₀ is the prior and φ the log-potential that "
         f"the target reads from the rewards. The divergence is `{divergence}`; log Z is estimated by `{partition}`.",
     ]
+    if inexact:
+        lines += ["", f"**Not exact.** {' '.join(inexact)}"]
     latest: Mapping[str, Any] = next((log for log in reversed(log_history) if "reward" in log), {})
     shown = {label: latest[name] for name, label in _SHOWN.items() if latest.get(name) is not None}
     if shown:
@@ -40,6 +52,18 @@ def posterior_section(target: str, divergence: str, partition: str, log_history:
             *(f"| {label} | {value:.4g} |" for label, value in shown.items()),
         ]
     return "\n".join(lines)
+
+
+def add_section(file: Path, estimator: Estimator, target: Target, args: PosteriorConfig, state: TrainerState) -> None:
+    """Adds the section on the posterior to a model card that TRL has written."""
+    section = posterior_section(
+        repr(target) if estimator.has_posterior else "the largest reward (pure RL, no prior)",
+        estimator.divergence.name,
+        args.partition,
+        state.log_history,
+        [inexact.fixed_point for inexact in args.inexact],
+    )
+    file.write_text(with_section(file.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
 def with_section(card: str, section: str) -> str:

@@ -1,7 +1,10 @@
 """Reuse of completions from earlier policies, for the losses that stay exact under it."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import torch
 
 from .posterior_config import PosteriorConfig
 from .posterior_trainer import PosteriorTrainer
@@ -70,13 +73,13 @@ class OffPolicyTrainer(PosteriorTrainer):
     args: OffPolicyConfig
     config_class = OffPolicyConfig
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    @cached_property
+    def replay_buffer(self) -> ReplayBuffer | None:
+        """Past completions of this process; `None` where none are kept."""
         size = self.args.replay_buffer_size
-        seed = self.args.seed + self.accelerator.process_index
-        self.replay_buffer = ReplayBuffer(size, seed) if size > 0 else None
         if size > 0 and self._is_vlm:
             raise ValueError("Replay keeps text only: leave `replay_buffer_size` at 0 with a vision-language model.")
+        return ReplayBuffer(size, self.args.seed + self.accelerator.process_index) if size > 0 else None
 
     @property
     def _is_scored_by_update(self) -> bool:
@@ -91,16 +94,15 @@ class OffPolicyTrainer(PosteriorTrainer):
             rows = self.replay_buffer.sample(self.args.num_replayed)
             output = append_rows(fresh, rows, self._tokenizer.pad_token_id)
             self._refresh_log_z(output, start=len(fresh["usable"]))
-        self._mode_metrics["posterior/replayed_frac"].append(1 - len(fresh["usable"]) / len(output["usable"]))
+        self._log({"posterior/replayed_frac": 1 - len(fresh["usable"]) / len(output["usable"])})
         self.replay_buffer.add(fresh)
         return output
 
     def _refresh_log_z(self, batch: dict[str, Any], start: int) -> None:
-        """The evidence of replayed prompts may be known better by now than when they were sampled."""
-        if self.running_partition is not None:
-            log_z = batch["log_z"].clone()
-            log_z[start:] = self.running_partition.log_z(batch["prompt_key"][start:])
-            batch["log_z"] = log_z
+        """The `log Z` of replayed prompts may be known better by now than when they were sampled."""
+        if "prompt_key" in batch and (latest := self.partition.latest(batch["prompt_key"][start:])) is not None:
+            for name in ("log_z", "log_z_of_value"):
+                batch[name] = torch.cat([batch[name][:start], latest])
 
     def posterior_state(self) -> dict[str, Any]:
         state = super().posterior_state()

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 from trl import GRPOConfig
 
 from ..divergences import DIVERGENCES, Divergence, get_divergence
-from .exactness import as_mapping, distribution_altering_settings
+from ..partitions import PARTITIONS
+from .exactness import inexact_settings
 
 
-PARTITIONS = ("leave_one_out", "running", "prior_samples", "known")
+INEXACT_SETTINGS = ("refuse", "warn")
 
 _NO_EFFECT = (
     "loss_type",
@@ -23,6 +24,7 @@ _NO_EFFECT = (
     "vllm_importance_sampling_clip_min",
 )
 """GRPO's own loss and clipping: accepted, so that a GRPO script runs as it is, and not used."""
+
 
 _SMALLER_IS_BETTER = (
     "forward_kl",
@@ -70,6 +72,14 @@ class PosteriorConfig(GRPOConfig):
             it acts.
         prior_model_name_or_path (`str`, *optional*):
             The prior `pi_0`, when it is not the model that training starts from. Loaded with `model_init_kwargs`.
+        inexact_settings (`str`, *optional*, defaults to `"refuse"`):
+            What happens to settings under which the fixed point is not the posterior, such as `top_p=0.95`,
+            `scale_rewards="group"` or `mask_truncated_completions=True`. `"refuse"`: an error that says what to set.
+            `"warn"`: one warning that says where training goes instead, and a mark in the model card.
+        check_log_probs (`bool`, *optional*, defaults to `True`):
+            Before the first update, compares the log-probabilities of a few completions (the policy's, the prior's and
+            vLLM's) with those of a plain forward pass without padding, in evaluation mode. Training stops where they
+            differ by more than rounding: the result would not be the posterior.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target"]
@@ -129,6 +139,21 @@ class PosteriorConfig(GRPOConfig):
         default=None,
         metadata={"help": "Folder of the prior samples. Defaults to `prior_samples` in `output_dir`."},
     )
+    check_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first update, compare the scores of a few completions with a plain unpadded forward "
+            "pass, and stop where they differ by more than rounding."
+        },
+    )
+    inexact_settings: str = field(
+        default="refuse",
+        metadata={
+            "help": "What happens to settings under which the fixed point is not the posterior (top_p, scale_rewards, "
+            "...): 'refuse', or 'warn' once and say so in the model card.",
+            "choices": list(INEXACT_SETTINGS),
+        },
+    )
     pseudo_reward_cap: float | None = field(
         default=None,
         metadata={
@@ -146,12 +171,27 @@ class PosteriorConfig(GRPOConfig):
         _, ours, metric = (self.metric_for_best_model or "").rpartition("posterior/")
         if self.greater_is_better is None and ours and metric in _SMALLER_IS_BETTER:
             self.greater_is_better = False
+        scale_rewards = self.scale_rewards  # TRL gives True another name
         super().__post_init__()
         self._check_posterior_parameters()
-        refuse_inexact_sampling(self)
-        refuse_other_objectives(self)
+        self.inexact = inexact_settings(self, scale_rewards)
+        if self.inexact and self.inexact_settings == "refuse":
+            refusals = " ".join(inexact.refusal for inexact in self.inexact)
+            raise ValueError(f"{refusals} To train all the same, set `inexact_settings='warn'`.")
 
     def _check_posterior_parameters(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature={self.temperature}` does not sample: set it above 0 (1.0 is the model's).")
+        if self.inexact_settings not in INEXACT_SETTINGS:
+            raise ValueError(
+                f"Unknown `inexact_settings={self.inexact_settings!r}`: use one of {list(INEXACT_SETTINGS)}."
+            )
+        if not self.check_log_probs and self.use_vllm and self.vllm_mode == "server" and self.temperature != 1:
+            raise ValueError(
+                "Whether a vLLM server reports log-probabilities at `temperature` is only known by the check that "
+                "`check_log_probs=False` leaves out: set it to True, and start the server with `--logprobs-mode "
+                "processed_logprobs`."
+            )
         if not self.beta >= 0:  # also refuses NaN
             raise ValueError(f"`beta={self.beta}` is not a temperature: set a positive number of reward per nat.")
         if self.beta == 0 and not self.allows_zero_beta:
@@ -173,9 +213,16 @@ class PosteriorConfig(GRPOConfig):
         """The divergence `D_f(pi||p)` that is minimized."""
         raise NotImplementedError(f"{type(self).__name__} names no divergence: use the config of a trainer.")
 
-    def ineffective_settings(self) -> list[str]:
-        """GRPO parameters that the user changed and that these trainers do not use."""
-        return [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]
+    def ineffective_settings(self) -> str | None:
+        """A sentence on GRPO parameters that the user changed and that these trainers do not use."""
+        changed = [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]
+        if not changed:
+            return None
+        names = " and ".join(f"`{name}`" for name in changed)
+        return (
+            f"{names} {'has' if len(changed) == 1 else 'have'} no effect: the loss is the divergence to the posterior "
+            "instead of GRPO's, without clipping."
+        )
 
 
 @dataclass
@@ -206,69 +253,3 @@ class DivergenceConfig(PosteriorConfig):
 
     def make_divergence(self) -> Divergence:
         return get_divergence(self.divergence, self.alpha)
-
-
-def refuse_inexact_sampling(args: GRPOConfig) -> None:
-    """
-    Refuses settings under which completions are not samples of the distribution that is scored.
-
-    Raises:
-        ValueError: one sentence that names the setting, why, and what to set.
-    """
-    if not args.temperature > 0:
-        raise ValueError(f"`temperature={args.temperature}` does not sample: set it above 0 (1.0 is the model's).")
-    sampling = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-    for source, settings in (("", sampling), (" in `generation_kwargs`", as_mapping(args.generation_kwargs))):
-        for name, advice in distribution_altering_settings(settings).items():
-            raise ValueError(
-                f"`{name}={settings[name]}`{source} changes the distribution that completions are sampled from, but "
-                f"not the one that is scored, so the result would not be the posterior: {advice}."
-            )
-    if args.vllm_structured_outputs_regex is not None:
-        raise ValueError(
-            "`vllm_structured_outputs_regex` hides completions that the posterior may contain: leave it unset and "
-            "make the format a reward function of a `constraint` target."
-        )
-    if args.mask_truncated_completions:
-        raise ValueError(
-            "`mask_truncated_completions=True` drops outcomes that the policy does produce, so the result would not "
-            "be the posterior: set it to False, and give truncated completions a low reward if they are unwanted."
-        )
-
-
-def refuse_other_objectives(args: GRPOConfig) -> None:
-    """
-    Refuses settings that add to, or reshape, the objective, so that its optimum is not the posterior.
-
-    Raises:
-        ValueError: one sentence that names the setting, why, and what to set.
-    """
-    if args.scale_rewards != "none":
-        raise ValueError(
-            f"`scale_rewards={args.scale_rewards!r}` divides rewards by their standard deviation, so `beta` would not "
-            "be the posterior's temperature: set `scale_rewards='none'`."
-        )
-    if args.multi_objective_aggregation != "sum_then_normalize":
-        raise ValueError(
-            f"`multi_objective_aggregation={args.multi_objective_aggregation!r}` rescales each reward by its batch, "
-            "so the evidence would depend on the batch: set 'sum_then_normalize' and use `reward_weights`."
-        )
-    if args.sync_ref_model:
-        raise ValueError(
-            "`sync_ref_model=True` moves the prior, and the posterior with it, during training: set it to False."
-        )
-    if args.top_entropy_quantile < 1.0:
-        raise ValueError(
-            f"`top_entropy_quantile={args.top_entropy_quantile}` drops tokens from the gradient, so the result would "
-            "not be the posterior: set it to 1.0."
-        )
-    if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
-        raise ValueError(
-            "An entropy bonus moves the optimum away from the posterior, whose entropy the prior already sets: set "
-            "`entropy_coef=0.0` and `use_adaptive_entropy=False` (a larger `beta` keeps more of the prior's entropy)."
-        )
-    if args.off_policy_mask_threshold is not None:
-        raise ValueError(
-            "`off_policy_mask_threshold` drops completions by their weight, so the result would not be the posterior: "
-            "leave it unset (DPGTrainer and TrajectoryBalanceTrainer are safe off-policy)."
-        )

@@ -1,20 +1,50 @@
-"""The prior pi_0 as a model of its own, when it is not the policy that training starts from."""
+"""The prior pi_0 as a model of its own; and what makes it, and the policy, score as generation samples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from ..language_models.adapters import base_of_adapter
+from ..language_models.noise import disable_noise
+from ..language_models.positions import give_positions
 from ..language_models.vocabulary import check_same_vocabulary
 from .exactness import as_mapping
 
 
 if TYPE_CHECKING:
     from .posterior_config import PosteriorConfig
+
+
+@contextmanager
+def prior_of_its_own(trainer: Any, args: "PosteriorConfig") -> Iterator[None]:
+    """
+    The constructor of TRL's trainer, with the prior that `args` names, if it names one.
+
+    TRL loads a copy of the starting policy as the prior unless beta is zero, and takes no model of the user's. So it
+    is told that beta is zero, for as long as it constructs, and is given prior and beta afterwards.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): that is constructed.
+        args ([`PosteriorConfig`]): its configuration.
+    """
+    if args.prior_model_name_or_path is None or args.beta == 0:
+        yield
+        return
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+    trainer.beta = beta
+    trainer.ref_model = load_prior(trainer, args)
 
 
 def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module:
@@ -51,11 +81,29 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
         reference="policy",
         advice="set `prior_model_name_or_path` to a model with the policy's tokenizer.",
     )
-    if args.disable_dropout:
-        disable_dropout_in_model(prior)
     add_fused_lm_head(prior, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(prior, trainer.accelerator)
     if trainer.is_fsdp_enabled:
         return cast(torch.nn.Module, prepare_fsdp(prior, trainer.accelerator))
     return trainer.accelerator.prepare_model(prior, evaluation_mode=True)
+
+
+def make_exact(
+    policy: torch.nn.Module, prior: torch.nn.Module | None, accelerator: Accelerator, without_noise: bool
+) -> None:
+    """
+    Makes models score a completion as `generate` samples it: with the positions of an unpadded prompt, without noise.
+
+    Args:
+        policy, prior (`torch.nn.Module`): of a trainer; there is no prior where it is the policy without its adapters.
+        accelerator ([`~accelerate.Accelerator`]): by which they may be wrapped.
+        without_noise (`bool`): whether to switch off dropout and the like, too.
+    """
+    for wrapped in (policy, prior):
+        if wrapped is None:
+            continue
+        model: Any = accelerator.unwrap_model(wrapped)
+        give_positions(model.get_base_model() if is_peft_model(model) else model)
+        if without_noise:
+            disable_noise(model)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from trl.trainer.utils import pad
 
+from ..estimators import Terms
+
 
 _SEQUENCES = {"prompt": "left", "completion": "right"}  # side on which TRL pads each
-_SCALARS = ("log_target", "log_proposal", "log_z", "baseline", "usable", "advantages", "prompt_key")
+_SCALARS = (*Terms._fields, "prompt_key")
 
 
 class ReplayBuffer:

@@ -2,14 +2,13 @@
 
 import textwrap
 from dataclasses import dataclass, field
-
-import torch
+from typing import cast
 
 from ..divergences import DIVERGENCES
-from ..estimators import trajectory_balance_coefficient, vargrad_log_z
+from ..estimators import Estimator, TrajectoryBalance
+from ..partitions import PARTITIONS
 from .off_policy_trainer import OffPolicyConfig, OffPolicyTrainer
-from .posterior_config import PARTITIONS, DivergenceConfig
-from .posterior_trainer import Sequences, log_density_ratio
+from .posterior_config import DivergenceConfig, PosteriorConfig
 
 
 @dataclass
@@ -40,6 +39,11 @@ class TrajectoryBalanceConfig(DivergenceConfig, OffPolicyConfig):
         default="reverse_kl",
         metadata={"help": "Divergence whose f-TB loss is minimized.", "choices": list(DIVERGENCES)},
     )
+
+    @property
+    def fits_log_z(self) -> bool:
+        """Whether `log Z` is fitted to the siblings (VarGrad), which is exact for reverse KL on-policy only."""
+        return self.partition == "leave_one_out" and not self.reuses_samples and self.divergence == "reverse_kl"
 
 
 class TrajectoryBalanceTrainer(OffPolicyTrainer):
@@ -102,19 +106,5 @@ class TrajectoryBalanceTrainer(OffPolicyTrainer):
     config_class = TrajectoryBalanceConfig
     args: TrajectoryBalanceConfig
 
-    def choose_log_z(self, group: Sequences, valid: torch.Tensor, importance_estimate: torch.Tensor) -> torch.Tensor:
-        sees_siblings_only = self.args.partition == "leave_one_out" and not self.args.reuses_samples
-        if sees_siblings_only and self.divergence.name == "reverse_kl":
-            return vargrad_log_z(group.log_policy - group.log_target, valid)
-        return importance_estimate
-
-    def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
-        return -self.coefficient(sequences)
-
-    def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        return trajectory_balance_coefficient(
-            sequences.log_policy, sequences.log_target, sequences.log_z, self.divergence
-        )
-
-    def value(self, sequences: Sequences) -> torch.Tensor:
-        return self.divergence.loss(log_density_ratio(sequences))
+    def make_estimator(self, args: PosteriorConfig) -> Estimator:
+        return TrajectoryBalance(args.make_divergence(), fits_log_z=cast(TrajectoryBalanceConfig, args).fits_log_z)

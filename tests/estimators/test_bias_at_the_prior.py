@@ -1,0 +1,70 @@
+"""How far the first visit's estimate of Z puts DPG's gradient off, at the prior: the figures of the README."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_bayes.benchmarks.tiny import EnumerableTask, balance_task, bigram_task, letter_count_task
+from trl_bayes.estimators import importance_coefficient
+from trl_bayes.groups import bounded_leave_one_out_log_z
+
+
+G = 16
+NUM_GROUPS = 20_000
+PHI = 10.0  # a 0/1 reward at beta = 0.1
+
+
+def gradient(probability: Tensor, coefficient: Tensor) -> Tensor:
+    """`E[c grad log pi]` in the logits of a table, from the mean coefficient of each outcome."""
+    return probability * (coefficient - (probability * coefficient).sum())
+
+
+def mean_coefficients(weight_probability: Tensor, log_weights: Tensor) -> Tensor:
+    """`E[c | own weight]` of DPG for each distinct weight, over siblings that are drawn from the prior."""
+    siblings = torch.multinomial(weight_probability, NUM_GROUPS * (G - 1), replacement=True).view(NUM_GROUPS, G - 1)
+    means = []
+    for own in log_weights:
+        weights = torch.cat([own.expand(NUM_GROUPS, 1), log_weights[siblings]], dim=1)
+        log_z = bounded_leave_one_out_log_z(weights, torch.ones_like(weights, dtype=torch.bool))[:, 0]
+        zeros = torch.zeros_like(log_z)
+        means.append(importance_coefficient(zeros, weights[:, 0], zeros, log_z).mean())
+    return torch.stack(means)
+
+
+@pytest.mark.parametrize(
+    ("task", "beta", "expected"),
+    [(letter_count_task(), 0.7, 0.27), (bigram_task(), 0.5, 0.094), (balance_task(), 0.6, 0.066)],
+    ids=["letters", "bigrams", "balance"],
+)
+def test_of_the_exact_tasks(task: EnumerableTask, beta: float, expected: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = task.build_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    log_prior = task.log_probs(AutoModelForCausalLM.from_pretrained(folder), tokenizer)
+    log_weights, which = (task.rewards(tokenizer) / beta).unique(return_inverse=True)
+    exact, biased = [], []
+    for prior in log_prior.exp():
+        probability = torch.zeros_like(log_weights).index_add(0, which, prior)
+        z = (probability * log_weights.exp()).sum()
+        exact.append(gradient(prior, (1 - log_weights.exp() / z)[which]))
+        biased.append(gradient(prior, mean_coefficients(probability, log_weights)[which]))
+    bias = (torch.stack(biased) - torch.stack(exact)).norm() / torch.stack(exact).norm()
+    assert bias.item() == pytest.approx(expected, abs=0.012)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.01, -0.712), (0.05, 0.052), (0.1, 0.437), (0.2, 0.442)])
+def test_of_a_reward_of_0_or_1(rate: float, expected: float) -> None:
+    """By enumeration of the number of successes in a group."""
+    weights = torch.where(torch.arange(G) < torch.arange(G + 1).unsqueeze(1), PHI, 0.0).double()
+    probability = torch.tensor([math.comb(G, k) * rate**k * (1 - rate) ** (G - k) for k in range(G + 1)]).double()
+    zeros = torch.zeros_like(weights)
+    log_z = bounded_leave_one_out_log_z(weights, torch.ones_like(weights, dtype=torch.bool))
+    score = (weights == PHI).double() - rate  # grad log pi in the logit of a success
+    mean = (probability * (importance_coefficient(zeros, weights, zeros, log_z) * score).mean(dim=1)).sum()
+    z = rate * math.exp(PHI) + 1 - rate
+    exact = rate * (1 - rate) * (1 - math.exp(PHI)) / z
+    assert (mean / exact - 1).item() == pytest.approx(expected, abs=0.001)

@@ -1,0 +1,129 @@
+"""What is logged of a batch: what is known, as far as it is known, and nothing that cannot be."""
+
+import math
+
+import pytest
+import torch
+
+from trl_bayes.divergences import get_divergence
+from trl_bayes.estimators import ImportanceWeights, PolicyGradient, ScoreFunction, group_terms, sequence_loss
+from trl_bayes.estimators.base import Estimator
+from trl_bayes.groups import Group
+from trl_bayes.partitions import LeaveOneOut, LogZ, Partition, Running
+from trl_bayes.targets import Constraint, Target, Tilt
+from trl_bayes.trainers.metrics import group_metrics
+
+
+OF_Z = {"posterior/log_z", "posterior/ess", "posterior/reverse_kl", "posterior/forward_kl"}
+G = 16
+PHI = 10.0  # a 0/1 reward at beta = 0.1
+RATE = 0.02
+LOG_Z = math.log(RATE * math.exp(PHI) + 1 - RATE)  # of the prior
+
+
+def at_the_prior(phi: list[float], keys: bool = True) -> Group:
+    """A group of the prior's completions, some tokens long."""
+    log_prior = torch.linspace(-9.0, -3.0, len(phi)).unsqueeze(0)
+    return Group(log_prior, log_prior, log_prior, torch.tensor([phi]), torch.tensor([7]) if keys else None)
+
+
+def logged(group: Group, partition: Partition, target: Target | None = None, estimator: Estimator | None = None):
+    estimator = estimator or ImportanceWeights(get_divergence("forward_kl"))
+    log_z = partition.log_z(group)
+    terms = group_terms(group, log_z, estimator)
+    return group_metrics(group, terms, log_z, estimator, target or Tilt(beta=0.1))
+
+
+@pytest.mark.parametrize("reward", [0.0, PHI])
+def test_a_group_without_contrast_tells_nothing_of_z(reward: float) -> None:
+    """At the prior its weights are as equal as at the posterior: it would log ess = 1 and small distances."""
+    metrics = logged(at_the_prior([reward] * G), LeaveOneOut())
+    assert not metrics.keys() & OF_Z
+    assert metrics["posterior/kl_prior"] == 0
+    assert metrics["posterior/frac_no_evidence"] == 0
+
+
+def test_a_completion_alone_tells_nothing_of_z() -> None:
+    assert not logged(at_the_prior([3.0]), LeaveOneOut()).keys() & OF_Z
+
+
+def test_a_group_with_contrast_tells_z() -> None:
+    metrics = logged(at_the_prior([PHI, *[0.0] * (G - 1)]), LeaveOneOut())
+    assert metrics.keys() >= OF_Z
+    assert metrics["posterior/log_z"] == pytest.approx(math.log((math.exp(PHI) + G - 1) / G), rel=1e-5)
+    assert metrics["posterior/ess"] == pytest.approx(1 / G, rel=0.01)
+
+
+def test_what_other_groups_of_the_prompt_have_told_counts() -> None:
+    """The same blind group, after one that had seen a success: its distance from p is known, and not small."""
+    partition, blind = Running(), at_the_prior([0.0] * G)
+    partition.update(blind)
+    assert not logged(blind, partition).keys() & OF_Z  # two blind groups are no better than one
+    partition.update(at_the_prior([PHI, *[0.0] * (3 * G - 1)]))
+    metrics = logged(blind, partition)
+    assert metrics["posterior/log_z"] == pytest.approx(LOG_Z - 0.5, abs=0.3)
+    assert metrics["posterior/ess"] < 0.07
+    assert metrics["posterior/reverse_kl"] == pytest.approx(metrics["posterior/log_z"], rel=1e-5)
+    assert "posterior/forward_kl" not in metrics  # it has seen nothing of p
+
+
+def test_known_z_counts() -> None:
+    class Exact(LeaveOneOut):
+        def log_z(self, group: Group) -> LogZ:
+            log_z = torch.full((1,), LOG_Z)
+            return LogZ(log_z.expand(1, G), log_z, torch.tensor([True]))
+
+    metrics = logged(at_the_prior([0.0] * G), Exact())
+    assert metrics["posterior/reverse_kl"] == pytest.approx(LOG_Z, rel=1e-5)
+    assert metrics["posterior/ess"] < 0.07
+
+
+def test_nothing_is_better_than_meeting_a_constraint() -> None:
+    """All completions meet it: no other could count more, so the group tells Z."""
+    metrics = logged(at_the_prior([0.0] * G), LeaveOneOut(), Constraint())
+    assert metrics["posterior/log_z"] == pytest.approx(0, abs=1e-5)
+    assert metrics["posterior/ess"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_group_that_misses_a_constraint_has_no_evidence() -> None:
+    metrics = logged(at_the_prior([-math.inf] * G), LeaveOneOut(), Constraint())
+    assert not metrics.keys() & OF_Z
+    assert metrics["posterior/frac_no_evidence"] == 1
+
+
+def test_an_unknown_metric_is_absent_and_never_nan() -> None:
+    """With a constraint reverse KL is infinite: trackers warn of a None."""
+    metrics = logged(at_the_prior([0.0, -math.inf] * (G // 2)), LeaveOneOut(), Constraint())
+    assert "posterior/reverse_kl" not in metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("successes", [1, 2])
+def test_a_lone_success_logs_nothing_that_cannot_be(successes: int) -> None:
+    """Jensen-Shannon is at most log 2, and forward KL the largest log-ratio: 953.9 and 1e21 were logged."""
+    group = at_the_prior([PHI * 4] * successes + [0.0] * (G - successes))
+    estimator = ScoreFunction(get_divergence("jensen_shannon"))
+    metrics = logged(group, LeaveOneOut(), estimator=estimator)
+    assert 0 <= metrics["posterior/forward_kl"] <= math.log(G) + 0.01
+    terms = group_terms(group, LeaveOneOut().log_z(group), estimator)
+    loss, _ = sequence_loss(group.log_policy[0], type(terms)(*(term[0] for term in terms)), estimator)
+    assert 0 <= loss.item() <= math.log(2)
+
+
+def test_pure_rl_has_no_posterior_to_log() -> None:
+    from trl_bayes.estimators import PureRL
+
+    metrics = logged(at_the_prior([1.0, 2.0, 0.0]), LeaveOneOut(), estimator=PureRL(get_divergence("reverse_kl")))
+    assert set(metrics) == {
+        f"posterior/{name}" for name in ("frac_unscored", "pseudo_reward_mean", "pseudo_reward_std")
+    }
+
+
+def test_means_are_over_prompts_that_tell() -> None:
+    one, other = at_the_prior([PHI, *[0.0] * 3]), at_the_prior([0.0] * 4)
+    both = Group(*(torch.cat(pair) for pair in zip(one, other, strict=True)))  # type: ignore[arg-type]
+    estimator = PolicyGradient(get_divergence("reverse_kl"))
+    for name in OF_Z:
+        assert logged(both, LeaveOneOut(), estimator=estimator)[name] == pytest.approx(
+            logged(one, LeaveOneOut(), estimator=estimator)[name]
+        )

@@ -1,0 +1,141 @@
+"""Trainers side by side where the posterior is known exactly: where each run ends, in nats, and what it cost."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+from rich.progress import Progress
+
+from .enumeration import PolicyFit
+from .exact_training import ExactProblem, ExactRun, problems, train, trainers
+from .figure import TrainingCurves
+from .jobs import in_order
+from .learning_curve import log_spaced
+from .section import Findings, check_words
+from .trainings import TrainerSetup, TrainingsArguments, check_parts, chosen, curves_of
+
+
+_PROBLEMS = problems()
+
+
+@dataclass
+class ExactArguments(TrainingsArguments):
+    r"""
+    Arguments of the section, besides those of [`~trl_bayes.benchmarks.trainings.TrainingsArguments`].
+
+    Parameters:
+        problems (`list[str]`, *optional*, defaults to `["letters", "hard-20k"]`): tasks: `letters`, `bigrams` and
+            `balance`, which are soft; `hard-20k` and `hard-100k`, one constraint with two budgets. `samples` defaults
+            to 20,480, and most have a budget of 102,400.
+    """
+
+    problems: list[str] = field(
+        default_factory=lambda: ["letters", "hard-20k"],
+        metadata={"help": f"Tasks: {', '.join(_PROBLEMS)}."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_words("problems", self.problems, tuple(_PROBLEMS))
+        check_parts([setup for name in self.problems for setup in trainers(_PROBLEMS[name])], self.methods)
+
+    @property
+    def most_samples(self) -> int:
+        """Completions of a training, at most."""
+        return self.samples or (512 if self.quick else 20_480)
+
+
+def run(args: ExactArguments, progress: Progress) -> Iterator[Findings]:
+    """Trains every chosen trainer on every problem with every seed."""
+    for runs in in_order(jobs(args), args.num_parallel, progress, "exact tasks"):
+        yield Findings([to_record(run) for run in runs], to_markdown(runs, args.how()), _curves(runs))
+
+
+def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
+    """A training for each problem, trainer and seed."""
+    return [
+        _job(_PROBLEMS[name], setup, seed, args)
+        for name in dict.fromkeys(args.problems)
+        for setup in chosen(trainers(_PROBLEMS[name]), args.methods)
+        for seed in args.seeds
+    ]
+
+
+def _job(problem: ExactProblem, setup: TrainerSetup, seed: int, args: ExactArguments) -> Callable[[], ExactRun]:
+    steps = problem.steps(args.most_samples)
+    settings = {"evaluate_at": log_spaced(steps), "max_steps": steps, "use_cpu": args.use_cpu}
+    return partial(train, problem, setup, seed=seed, **cast(Any, settings))
+
+
+def to_markdown(runs: Sequence[ExactRun], how: str) -> str:
+    """The section's part of the page."""
+    text = f"All completions are known, so every distance is exact. Means over {how}. Seconds are those of training."
+    return "\n\n".join(["## Exact tasks", text, table(runs), curve_tables(runs)])
+
+
+def table(runs: Sequence[ExactRun]) -> str:
+    """A row per problem and trainer: means over seeds, and the worst seed of `KL(p||pi)`."""
+    lines = [
+        "| problem | trainer | samples | KL(p‖π) mean | worst seed | KL(π‖p) | TV | mass outside | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (problem, method), group in _groups(runs).items():
+        forward, reverse, variation, outside = (
+            [getattr(run.final, name) for run in group]
+            for name in ("forward_kl", "reverse_kl", "total_variation", "mass_outside")
+        )
+        lines.append(
+            f"| {problem} | {method} | {group[0].samples:,} | {statistics.mean(forward):.4f} | {max(forward):.4f} | "
+            f"{_number(statistics.mean(reverse))} | {statistics.mean(variation):.4f} | "
+            f"{statistics.mean(outside):.4f} | {statistics.mean(run.seconds for run in group):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def curve_tables(runs: Sequence[ExactRun]) -> str:
+    """For each problem a table of `KL(p||pi)`, mean over seeds: a row per trainer, a column per number of samples."""
+    tables = []
+    for name in dict.fromkeys(run.problem for run in runs):
+        groups = _groups(run for run in runs if run.problem == name)
+        columns = sorted({point.samples for group in groups.values() for run in group for point in run.curve})
+        lines = [
+            f"| {name}: KL(p‖π) after | {' | '.join(f'{samples:,}' for samples in columns)} |",
+            f"|---|{'---|' * len(columns)}",
+        ]
+        for (_, method), group in groups.items():
+            found: dict[int, list[float]] = {}
+            for point in (point for run in group for point in run.curve):
+                found.setdefault(point.samples, []).append(point.value.forward_kl)
+            cells = [f"{statistics.mean(found[samples]):.4f}" if samples in found else "" for samples in columns]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _groups(runs: Iterable[ExactRun]) -> dict[tuple[str, str], list[ExactRun]]:
+    """The seeds of each problem and trainer, in the order in which these come."""
+    groups: dict[tuple[str, str], list[ExactRun]] = {}
+    for run in runs:
+        groups.setdefault((run.problem, run.method), []).append(run)
+    return groups
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "∞"
+
+
+def _curves(runs: Sequence[ExactRun]) -> list[TrainingCurves]:
+    groups = [[run for run in runs if run.problem == name] for name in dict.fromkeys(run.problem for run in runs)]
+    return [curves_of(group, lambda fit: fit.forward_kl, group[0].curve[0].value.forward_kl) for group in groups]
+
+
+def to_record(run: ExactRun) -> dict[str, Any]:
+    """A run as strict JSON: an infinite divergence is `null`."""
+    return run.to_record("fit", _finite, _finite)
+
+
+def _finite(fit: PolicyFit) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in fit._asdict().items()}

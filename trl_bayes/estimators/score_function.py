@@ -1,0 +1,52 @@
+"""f-DPG: the score-function gradient of any f-divergence, with a leave-one-out baseline."""
+
+import torch
+
+from ..divergences import Divergence
+from ..groups import Group, finite_exp
+from .base import Estimator, Sequences
+from .baselines import leave_one_out_baseline
+
+
+class ScoreFunction(Estimator):
+    """
+    The policy gradient of `D_f(pi||p)` with the pseudo-reward `-f'(t)`, `t = pi/p`:
+
+        grad D_f(pi||p) = E_q[(pi/q) (f'(t) + b) grad log pi].
+
+    `b` is a baseline of the pseudo-reward, so the factor is minus the centered pseudo-reward times the importance
+    ratio. See [Aligning Language Models with Preferences through f-divergence
+    Minimization](https://huggingface.co/papers/2302.08215).
+    """
+
+    def coefficient(self, sequences: Sequences) -> torch.Tensor:
+        return score_function_coefficient(*sequences, self.divergence)
+
+    def baseline(self, group: Group, log_z: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+        return leave_one_out_baseline(group.log_policy - group.log_target, log_z, usable, self.divergence)
+
+
+def score_function_coefficient(
+    log_policy: torch.Tensor,
+    log_target: torch.Tensor,
+    log_proposal: torch.Tensor,
+    log_z: torch.Tensor,
+    baseline: torch.Tensor,
+    divergence: Divergence,
+) -> torch.Tensor:
+    """
+    f-DPG: the factor of `grad log pi(y)` in `grad D_f(pi||p) = E_q[(pi/q) (f'(t) + b) grad log pi]`, `t = pi/p`.
+
+    `b` is a baseline of the pseudo-reward `-f'(t)`, so the factor is minus the centered pseudo-reward times the
+    importance ratio. See [Aligning Language Models with Preferences through f-divergence
+    Minimization](https://huggingface.co/papers/2302.08215).
+
+    Args:
+        log_policy, log_target, log_proposal, log_z, baseline (`torch.Tensor`): same shape, in nats.
+        divergence ([`~trl_bayes.divergences.Divergence`]): `f`.
+
+    Returns:
+        `torch.Tensor`: same shape.
+    """
+    slope = divergence.slope(log_policy - log_target + log_z)
+    return finite_exp(log_policy - log_proposal) * (slope + baseline)

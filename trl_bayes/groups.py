@@ -1,0 +1,196 @@
+"""Groups of completions: what is known of each one, importance weights, and log Z from them.
+
+`P` prompts have `G` completions each, drawn from a proposal `q` (the policy that generated them). All quantities are
+per-sequence log-probabilities in nats. With `P(y|x) = pi_0(y|x) exp(phi(x, y))` the unnormalized posterior,
+
+    log w_i = log P(y_i) - log q(y_i),    Z_hat = mean_i w_i.
+
+`valid` is a boolean mask `(P, G)`: completions that no reward function scored are absent from every sum. Nothing here
+knows a model or a trainer, and every function is checked against exact enumeration in `tests/test_groups.py`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+NEG_INF = float("-inf")
+
+
+class Group(NamedTuple):
+    """What is known of the `G` completions of each of `P` prompts; in nats, each of shape `(P, G)`."""
+
+    log_policy: torch.Tensor
+    """`log pi` of the policy that is trained, at the time of sampling."""
+    log_proposal: torch.Tensor
+    """`log q` of the distribution that the completions were sampled from."""
+    log_prior: torch.Tensor
+    """`log pi_0`; zeros in pure RL, which has no prior."""
+    phi: torch.Tensor
+    """The log-potential; `-inf` outside the posterior's support, `NaN` for a completion without any reward."""
+    prompt_keys: torch.Tensor | None = None
+    """Identity of each prompt, int64 `(P,)`, where someone has to know it."""
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """Which completions have a log-potential, boolean `(P, G)`."""
+        return ~self.phi.isnan()
+
+    @property
+    def tells_z(self) -> torch.Tensor:
+        """
+        Whether a group says something of its prompt's `Z`, boolean `(P,)`: at least two log-potentials that differ.
+
+        Otherwise its weights are equal at the prior, whatever the evidence that was not sampled, just as they are at
+        the posterior.
+        """
+        valid = self.valid
+        largest = self.phi.masked_fill(~valid, NEG_INF).amax(dim=1)
+        smallest = self.phi.masked_fill(~valid, -NEG_INF).amin(dim=1)
+        return valid.any(dim=1) & (largest > smallest)
+
+    @property
+    def log_target(self) -> torch.Tensor:
+        """`log P = log pi_0 + phi`; the prior's alone where there is no log-potential."""
+        return self.log_prior + self.phi.masked_fill(~self.valid, 0.0)
+
+    @property
+    def log_weights(self) -> torch.Tensor:
+        """`log w = log P - log q`."""
+        return log_weights(self.log_target, self.log_proposal)
+
+
+def finite_exp(x: torch.Tensor) -> torch.Tensor:
+    """`e^x`, at most the root of the largest float: what lies beyond is as good as infinite, but must not overflow."""
+    return x.clamp(max=math.log(torch.finfo(x.dtype).max) / 2).exp()
+
+
+def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.Tensor:
+    """
+    Importance weights of samples from `q` for the unnormalized posterior: `log w = log P - log q`, in nats.
+
+    Args:
+        log_target (`torch.Tensor`):
+            `log P = log pi_0 + phi` of shape `(P, G)`; `-inf` outside the posterior's support.
+        log_proposal (`torch.Tensor`):
+            `log q` of the distribution that the completions were sampled from, shape `(P, G)`.
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`.
+    """
+    return log_target - log_proposal
+
+
+def leave_one_out_log_z(
+    weights: torch.Tensor,
+    valid: torch.Tensor,
+    past_log_sum: torch.Tensor | None = None,
+    past_count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `Z` for each sample from all samples but itself: `Z_hat_{-i} = (S + sum_{j != i} w_j) / (N + n - 1)`.
+
+    A sample's own weight in its `Z` shrinks its ratio `w_i / Z_hat`, which biases the gradient; its siblings' do not.
+    `S` and `N` are the sum and the number of weights that earlier visits to the same prompt left behind (the `running`
+    partition); without them this is the plain leave-one-out estimate.
+
+    A sample without others, in the group or the past, gets the estimate from itself.
+
+    Args:
+        weights (`torch.Tensor`): log importance weights `(P, G)`.
+        valid (`torch.Tensor`): boolean `(P, G)`.
+        past_log_sum (`torch.Tensor`, *optional*): `log S` of shape `(P,)`, `-inf` where there is no past.
+        past_count (`torch.Tensor`, *optional*): `N` of shape `(P,)`.
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`; `-inf` where the others have no evidence.
+    """
+    num_prompts, group_size = weights.shape
+    if past_log_sum is None or past_count is None:
+        past_log_sum = weights.new_full((num_prompts,), NEG_INF)
+        past_count = weights.new_zeros(num_prompts)
+    weights = weights.masked_fill(~valid, NEG_INF)
+    itself = torch.eye(group_size, dtype=torch.bool, device=weights.device)
+    siblings = weights.unsqueeze(1).expand(-1, group_size, -1).masked_fill(itself, NEG_INF)  # (P, i, j != i)
+    past = past_log_sum.unsqueeze(1)  # (P, 1)
+    count = past_count.unsqueeze(1) + valid.sum(dim=1, keepdim=True)  # (P, 1)
+    others_count = count - valid.to(count.dtype)  # (P, G)
+    from_others = torch.logaddexp(siblings.logsumexp(dim=2), past) - others_count.log()
+    from_all = torch.logaddexp(weights.logsumexp(dim=1, keepdim=True), past) - count.log()
+    log_z = torch.where(others_count > 0, from_others, from_all)
+    return torch.where(count > 0, log_z, NEG_INF)
+
+
+def bounded_leave_one_out_log_z(
+    weights: torch.Tensor,
+    valid: torch.Tensor,
+    past_log_sum: torch.Tensor | None = None,
+    past_count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    [`leave_one_out_log_z`] for lone successes, too: `log Z_i = max(log Z_{-i}, log Z_all - log 2)`.
+
+    For a lone success `Z_{-i}` is as small as its siblings' weights, and `E[w_i / Z_{-i}]` as large as hundreds times
+    `w_i / Z` (0/1 reward at `beta = 0.1`, 16 completions, success rates of .01 to .2: 190 to 511). With `Z_all`, the
+    mean of all weights, the second term acts only where one sample holds more than half of the weight, and bounds its
+    ratio by twice the number of samples. At the posterior all weights are equal: the fixed point stays where it is.
+
+    Arguments as of [`leave_one_out_log_z`].
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`; `-inf` only where the prompt has no evidence at all.
+    """
+    without = leave_one_out_log_z(weights, valid, past_log_sum, past_count)
+    return torch.maximum(without, pooled_log_z(weights, valid, past_log_sum, past_count).unsqueeze(1) - math.log(2))
+
+
+def pooled_log_z(
+    weights: torch.Tensor,
+    valid: torch.Tensor,
+    past_log_sum: torch.Tensor | None = None,
+    past_count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Marginal likelihood of each prompt from all of its weights, unbiased for `Z`: `log (S + sum_j w_j) / (N + n)`.
+
+    Arguments as of [`leave_one_out_log_z`].
+
+    Returns:
+        `torch.Tensor`: shape `(P,)`; `-inf` for a prompt without evidence (or without a valid completion).
+    """
+    log_sum, count = weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1), valid.sum(dim=1).to(weights.dtype)
+    if past_log_sum is not None and past_count is not None:
+        log_sum, count = torch.logaddexp(log_sum, past_log_sum), count + past_count
+    return torch.where(count > 0, log_sum - count.log(), NEG_INF)
+
+
+def effective_sample_size(
+    weights: torch.Tensor, valid: torch.Tensor, log_z: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Kish's effective sample size as a fraction of the group: `(sum w)^2 / (n sum w^2)`, shape `(P,)`, in [0, 1].
+
+    A group cannot see what it has missed. Where `Z` is known to be larger than the group's mean weight, one more
+    sample is assumed to bring what is missing: with `w_{n+1} = (n+1) Z - sum w` it is the effective size of `n + 1`
+    samples, whose mean weight is `Z`.
+
+    Args:
+        weights (`torch.Tensor`): log importance weights `(P, G)`.
+        valid (`torch.Tensor`): boolean `(P, G)`.
+        log_z (`torch.Tensor`, *optional*): `log Z` of each prompt `(P,)`, in nats; defaults to the group's own.
+
+    Returns:
+        `torch.Tensor`: shape `(P,)`; 0 for a group without evidence.
+    """
+    weights = weights.masked_fill(~valid, NEG_INF)
+    count = valid.sum(dim=1)  # (P,)
+    if log_z is not None:
+        total = weights.logsumexp(dim=1)
+        expected = log_z.to(weights) + (count + 1).log()
+        missing = expected + torch.log1p(-(total - expected).clamp(max=0.0).exp())  # -inf where nothing is
+        is_missing = missing > NEG_INF
+        weights = torch.cat([weights, torch.where(is_missing, missing, NEG_INF).unsqueeze(1)], dim=1)
+        count = count + is_missing
+    fraction = (2 * weights.logsumexp(dim=1) - (2 * weights).logsumexp(dim=1)).exp() / count.clamp(min=1)
+    return torch.nan_to_num(fraction, nan=0.0)

@@ -1,0 +1,135 @@
+"""Rows of several lengths in a batch: padded on the left, as far as a model generates behind padding as it does alone.
+
+Most models do, by the mask and the positions that are made from it. Some recurrent ones have the padding in their
+state, some adapters ignore positions, and some models mix up the rows of a batch: their samples would come from
+another distribution than the one that scores them. So the first batch of each model is preceded by a check.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+
+Batching = Literal["together", "by_length", "alone"]
+
+_TOLERANCE = 0.01
+"""Largest total variation between generation's law of a token and that of a forward pass, for float32."""
+
+_TOLERANCE_OF_ROUNDING = 0.1
+"""The same for bfloat16 and float16."""
+
+_MOST_CHECKED = 8  # tokens of a row
+_NUM_GENERATED = 3  # tokens: the first is the prompt's, the others come from the cache
+_FOUND: WeakKeyDictionary[torch.nn.Module, Batching] = WeakKeyDictionary()
+
+
+def pad_rows(rows: Sequence[list[int]], pad_token_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows padded to the longest: ids and mask, (B, L)."""
+    length = max(len(row) for row in rows)
+    ids, mask = [], []
+    for row in rows:
+        padding, zeros = [pad_token_id] * (length - len(row)), [0] * (length - len(row))
+        ids.append(padding + row if left else row + padding)
+        mask.append(zeros + [1] * len(row) if left else [1] * len(row) + zeros)
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def in_batches(model: PreTrainedModel, rows: Sequence[list[int]], padding: int) -> list[list[int]]:
+    """
+    Places of the rows that can be generated at once: all, those of one length, or each for itself.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): in evaluation mode.
+        rows (`list[list[int]]`): none empty.
+        padding (`int`): any token.
+
+    Raises:
+        ValueError: even alone, a row is continued by another distribution than a forward pass gives; one sentence.
+    """
+    batching = _find_batching(model, min(rows, key=len), padding)
+    if batching == "together":
+        return [list(range(len(rows)))]
+    if batching == "alone":
+        return [[i] for i in range(len(rows))]
+    places: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        places.setdefault(len(row), []).append(i)
+    return list(places.values())
+
+
+def generate_padded(model: PreTrainedModel, rows: Sequence[list[int]], config: GenerationConfig) -> tuple[Tensor, Any]:
+    """
+    Rows continued with no other settings than the given ones.
+
+    Returns:
+        `tuple[torch.Tensor, Any]`: the padded rows (B, L), and what `generate` returns for them.
+    """
+    device = next(model.parameters()).device
+    padding: Any = config.pad_token_id
+    ids, mask = (t.to(device) for t in pad_rows(rows, padding, left=True))
+    with _plain_generation(model):
+        return ids, model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def _find_batching(model: PreTrainedModel, row: list[int], padding: int) -> Batching:
+    """What a model allows, found once by continuing a short row beside a longer one, beside its like, and alone."""
+    if model not in _FOUND:
+        row = row[:_MOST_CHECKED]
+        longer = (row * (1 + _MOST_CHECKED))[: len(row) + _MOST_CHECKED]
+        allowed = _TOLERANCE if _is_exact(model) else _TOLERANCE_OF_ROUNDING
+        checks: dict[Batching, list[list[int]]] = {"together": [row, longer], "by_length": [row, row], "alone": [row]}
+        for batching, rows in checks.items():
+            difference = _largest_difference(model, rows, padding)
+            if difference <= allowed:
+                _FOUND[model] = batching
+                break
+        else:
+            raise ValueError(
+                f"The model {type(model).__name__} generates from another distribution than a forward pass gives "
+                f"(total variation {difference:.2g} at one token), so its samples cannot be scored: use another "
+                "architecture."
+            )
+    return _FOUND[model]
+
+
+def _largest_difference(model: PreTrainedModel, rows: list[list[int]], padding: int) -> float:
+    """Total variation between generation's law of a token and a plain forward pass, the largest one."""
+    config = GenerationConfig(
+        max_new_tokens=_NUM_GENERATED, pad_token_id=padding, output_logits=True, return_dict_in_generate=True
+    )
+    ids, generated = generate_padded(model, rows, config)
+    laws = torch.stack(generated.logits).float().softmax(dim=2)  # (3, B, V)
+    differences = []
+    for i, row in enumerate(rows):
+        whole = torch.cat([ids[i, -len(row) :], generated.sequences[i, ids.size(1) : -1]])  # (L + 2,)
+        forward = model(input_ids=whole.unsqueeze(0)).logits[0, -_NUM_GENERATED:].float().softmax(dim=1)  # (3, V)
+        differences.append((laws[:, i] - forward).abs().sum(dim=1) / 2)
+    return torch.cat(differences).max().item()  # NaN if there is any
+
+
+def _is_exact(model: PreTrainedModel) -> bool:
+    return next(model.parameters()).dtype in (torch.float32, torch.float64)
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own generation settings: `generate` reads what a call leaves open from there.
+
+    A repetition penalty in a checkpoint's generation_config.json would change the distribution unnoticed. An adapter
+    and its base model both have settings.
+    """
+    owners: list[Any] = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
+    own = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, own, strict=True):
+            owner.generation_config = config

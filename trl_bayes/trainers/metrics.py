@@ -1,0 +1,118 @@
+"""What is logged of a generated batch: where the policy stands, and what completions are worth."""
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..estimators import Estimator, Terms, divergence_estimates
+from ..groups import NEG_INF, Group, effective_sample_size, finite_exp, pooled_log_z
+from ..partitions import LogZ
+from ..targets import Target
+from .batches import own_tokens
+
+
+def group_metrics(group: Group, terms: Terms, log_z: LogZ, estimator: Estimator, target: Target) -> dict[str, float]:
+    """
+    Means over prompts; a prompt for which a quantity is unknown is left out, and so is a metric unknown for all.
+
+    Args:
+        group ([`~trl_bayes.groups.Group`]): the completions, `(P, G)`.
+        terms ([`~trl_bayes.estimators.Terms`]): of the loss, `(P, G)`.
+        log_z ([`~trl_bayes.partitions.LogZ`]): what the partition says.
+        estimator ([`~trl_bayes.estimators.Estimator`]): of the gradient.
+        target ([`~trl_bayes.targets.Target`]): that the policy is trained towards.
+
+    Returns:
+        `dict[str, float]`: names as the trackers show them.
+    """
+    pseudo_reward = estimator.pseudo_reward(terms.sequences(group.log_policy))[terms.usable]
+    metrics = {
+        "posterior/frac_unscored": (~group.valid).float().mean(),
+        "posterior/pseudo_reward_mean": pseudo_reward.mean(),
+        "posterior/pseudo_reward_std": (pseudo_reward - pseudo_reward.mean()).square().mean().sqrt(),
+    }
+    if estimator.has_posterior:
+        metrics |= _distances(group, log_z, target.max_log_potential())
+    values = torch.stack([value.double() for value in metrics.values()])
+    known = {name: value for name, value in zip(metrics, values.tolist(), strict=True) if not math.isnan(value)}
+    return known | {f"posterior/target/{name}": value for name, value in target.diagnostics().items()}
+
+
+def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> dict[str, torch.Tensor]:
+    """
+    Where the policy stands, as far as it is known.
+
+    A group whose log-potentials are all the same has equal weights at the prior as at the posterior: it says nothing
+    of Z, unless other groups of the prompt did, or no completion could have more. And a group that has missed most of
+    the posterior (its mean weight is not near Z) says nothing of what the policy misses.
+    """
+    weights, valid = group.log_weights, group.valid
+    at_bound = (group.phi == max_log_potential).any(dim=1) if max_log_potential is not None else torch.tensor(False)
+    is_known = (group.tells_z | log_z.is_informed | at_bound.to(weights.device)) & log_z.of_prompt.isfinite()
+    known = log_z.of_prompt.masked_fill(~is_known, torch.nan)  # (P,)
+    fit = divergence_estimates(group.log_policy, group.log_prior, group.log_target, group.log_proposal, known, valid)
+    # A group that is on its own has missed nothing that it knows of
+    from_elsewhere = torch.where(log_z.is_informed, known, NEG_INF).nan_to_num(nan=NEG_INF)
+    sees_posterior = (pooled_log_z(weights, valid) - known).abs() <= math.log(2)
+    no_evidence = (weights.masked_fill(~valid, NEG_INF) == NEG_INF).all(dim=1)
+    ess = effective_sample_size(weights, valid, from_elsewhere)
+    return {
+        "posterior/log_z": known.nanmean(),
+        "posterior/ess": ess.masked_fill(~is_known, torch.nan).nanmean(),
+        "posterior/frac_no_evidence": no_evidence.float().mean(),
+        "posterior/kl_prior": fit.kl_prior.nanmean(),
+        "posterior/reverse_kl": fit.reverse_kl.nanmean(),
+        "posterior/forward_kl": fit.forward_kl.masked_fill(~sees_posterior, torch.nan).nanmean(),
+    }
+
+
+def token_kl(policy: torch.Tensor, output: dict[str, Any], accelerator: Accelerator) -> dict[str, float]:
+    """
+    GRPO's metric `kl` from the prior, where there is one: the mean over tokens of `e^d - d - 1`, `d` the difference of
+    the prior's and the policy's log-probabilities, in nats per token.
+
+    Args:
+        policy (`torch.Tensor`): per-token log-probabilities `(B, T)`.
+        output (`dict`): a generated batch.
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+    """
+    if "ref_per_token_logps" not in output:
+        return {}
+    mask = own_tokens(output)
+    difference = output["ref_per_token_logps"].float() - policy.float()
+    sums = torch.stack([((finite_exp(difference) - difference - 1) * mask).sum(), mask.sum().float()])
+    total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
+    return {"kl": total / max(tokens, 1.0)}
+
+
+def loss_metrics(
+    entropies: torch.Tensor, mask: torch.Tensor, capped: torch.Tensor, accelerator: Accelerator
+) -> dict[str, float]:
+    """
+    What is logged of a micro-batch, over all processes.
+
+    Args:
+        entropies (`torch.Tensor`): of the policy at each token, `(B, T)`, in nats.
+        mask (`torch.Tensor`): the policy's own tokens, `(B, T)`.
+        capped (`torch.Tensor`): boolean `(B,)`, on which completions the cap acts.
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+    """
+    sums = torch.stack([(entropies * mask).sum(), mask.sum(), capped.sum(), mask.new_tensor(capped.numel())])
+    entropy, tokens, num_capped, num_sequences = accelerator.reduce(sums.float(), reduction="sum").tolist()
+    return {"entropy": entropy / max(tokens, 1.0), "posterior/capped_frac": num_capped / num_sequences}
+
+
+def show_advantages(table: deque[float], advantages: torch.Tensor) -> None:
+    """
+    Replaces TRL's own advantages by ours in its table of completions, which ends with the same batch.
+
+    Args:
+        table (`deque[float]`): the table's column.
+        advantages (`torch.Tensor`): of all completions, in the order of their generation.
+    """
+    for _ in range(min(advantages.numel(), len(table))):
+        table.pop()
+    table.extend(advantages.flatten().tolist())
