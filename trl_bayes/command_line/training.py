@@ -27,9 +27,9 @@ from .data import hub_dataset, load_data, select_split
 from .folders import prepare_folder
 from .launch import already_launched, launch
 from .models import find_config, load_tokenizer, load_trainable_adapter, loading_arguments, model_path
-from .parser import one_sentence
 from .prompts import PromptError
 from .recipe import check_trainer, make_arguments, read_command_line, training_parser
+from .refusals import one_sentence
 from .rewards import check_reward_models, find_rewards
 
 

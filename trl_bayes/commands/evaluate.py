@@ -15,8 +15,8 @@ from ..command_line.evaluation import (
     prepare,
     results_table,
 )
-from ..command_line.parser import one_sentence
 from ..command_line.recipe import read_study
+from ..command_line.refusals import one_sentence
 from ..evaluation.files import write_evaluation
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ..command_line.parser import one_sentence
 from ..command_line.recipe import read_study
+from ..command_line.refusals import one_sentence
 from ..command_line.sampling import DATA, DIAGNOSTICS, SampleArguments, draw, prepare, table, trade_off_table, write
 from ..samplers import SamplingError
 from ..targets import LogPotentialError
