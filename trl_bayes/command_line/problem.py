@@ -74,6 +74,9 @@ class PosteriorArguments(TrainingScriptArguments):
             The same seed and batch size give the same samples.
         device (`str`, *optional*):
             Such as `cuda:0` or `cpu`. Defaults to a GPU if there is one.
+        prior_samples_dir (`str`, *optional*):
+            Folder in which samples of the prior are kept and found, those of a training run too. Defaults to the one
+            that the training of the recipe has filled; where it has none, nothing is kept.
         output_dir (`str`, *optional*):
             Where the results are written.
     """
@@ -104,6 +107,13 @@ class PosteriorArguments(TrainingScriptArguments):
         default=None, metadata={"help": "Such as cuda:0 or cpu. Defaults to a GPU if there is one."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    prior_samples_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which samples of the prior are kept and found, those of a training run too. Defaults "
+            "to the one that the training of the recipe has filled."
+        },
+    )
     output_dir: str = field(default="runs/posterior", metadata={"help": "Where the results are written."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results in an output_dir that has some."})
 
@@ -210,6 +220,16 @@ def without_training(recipe: Mapping[str, Any], known: Sequence[str] | Any) -> d
     if passed_over & {*_OF_CTRL}:
         own["target"] = _ctrl_target(recipe)
         own.pop("beta", None)  # the target has it
+    return _with_kept_samples(own, recipe)
+
+
+def _with_kept_samples(own: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """With the folder that a training has filled with samples of the prior, which are known by its seed."""
+    if "prior_samples_dir" not in own and "output_dir" in recipe:
+        kept = Path(str(recipe["output_dir"])).expanduser() / "prior_samples"
+        own |= {"prior_samples_dir": str(kept)} if kept.is_dir() else {}
+    if own.get("prior_samples_dir") is not None:
+        own.setdefault("seed", KLRLConfig.__dataclass_fields__["seed"].default)
     return own
 
 

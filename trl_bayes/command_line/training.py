@@ -29,7 +29,7 @@ from trl import (
 )
 
 from ..assets import EMBEDDED, embedded_path
-from ..prior.samples import PriorSamplesError
+from ..prior import PriorSamplesError
 from ..rewards import build_rewards
 from ..targets import build_target
 from ..trainers.posterior_config import PosteriorConfig

@@ -52,6 +52,7 @@ from ..evaluation.report import (
     write_evaluation,
 )
 from ..language_models.vocabulary import check_same_vocabulary
+from ..prior import PriorSamplesError
 from ..samplers.base import at_least
 
 
@@ -170,7 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error) or type(error).__name__)
     start = time.perf_counter()
-    reference = _draw_reference(job)  # an error in a reward function keeps its traceback
+    try:
+        reference = _draw_reference(job)
+    except PriorSamplesError as error:  # an error in a reward function keeps its traceback
+        parser.error(str(error))
     try:
         posterior = _posterior(job, reference)
     except ValueError as error:  # what turns out only from samples of the prior
@@ -259,6 +263,8 @@ def _draw_reference(job: Job) -> Any:
         seed=args.seed,
         columns=problem.columns,
         progress=progress(),
+        prior_name=problem.prior_name,
+        prior_samples_dir=args.prior_samples_dir,
     )
 
 

@@ -26,6 +26,7 @@ from ..command_line.problem import (
     progress,
     read_arguments,
 )
+from ..prior import PriorSamplesError
 from ..samplers import METHODS, Draws, Method, Sampler, SamplingError
 from ..samplers.base import at_least
 from ..targets import LogPotentialError, build_target
@@ -146,7 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error) or type(error).__name__)
     try:
         draws = run(job)
-    except (SamplingError, LogPotentialError) as error:  # an error in a reward function keeps its traceback
+    except (
+        SamplingError,
+        LogPotentialError,
+        PriorSamplesError,
+    ) as error:  # an error in a reward function keeps its traceback
         parser.error(str(error))
     write(job, draws)
     console = Console()
@@ -193,6 +198,8 @@ def prepare(args: SampleArguments, model: ModelConfig, mixture: DatasetMixtureCo
         seed=args.seed,
         reward_weights=problem.reward_weights,
         num_prior_samples=args.num_prior_samples,
+        prior_samples_dir=args.prior_samples_dir,
+        prior_name=problem.prior_name,
         progress=progress(),
     )
     settings = {

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.samples import Prompt, RewardFunction, Samples, log_probs, sample, score
+from ..prior import PriorModel, sample_prior
 from ..targets import Context, PriorScores, Target
 from ..targets.base import weighted_sum
 from .diversity import distinct_n, jackknife_standard_error, self_bleu, share_distinct
@@ -573,6 +574,8 @@ def draw_prior(
     seed: int = 0,
     columns: Mapping[str, Sequence[Any]] | None = None,
     progress: bool = False,
+    prior_name: str | None = None,
+    prior_samples_dir: str | None = None,
 ) -> PriorReference:
     """
     Samples the prior and scores the samples; arguments and errors as [`~trl_bayes.language_models.samples.sample`].
@@ -580,12 +583,16 @@ def draw_prior(
     Args:
         reward_funcs (`list`): see [`~trl_bayes.language_models.samples.score`].
         columns (`dict`, *optional*): further columns for them, an entry per prompt.
+        prior_name (`str`, *optional*): folder or id that the prior was loaded from. Defaults to what its config says.
+        prior_samples_dir (`str`, *optional*): keeps the samples in a folder, and finds there what a training run or
+            another evaluation has kept, see [`~trl_bayes.prior.sample_prior`].
     """
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    drawn = sample(prior, tokenizer, prompts, num_per_prompt, **settings, batch_size=batch_size, progress=progress)
-    log_prior = log_probs(prior, drawn, **_scoring(temperature, batch_size, progress))
+    model = PriorModel(prior, tokenizer, **settings, batch_size=batch_size, name=prior_name, progress=progress)
     further = dict(columns or {})
-    rewards = score(reward_funcs, drawn, **further)
+    drawn, log_prior, rewards = sample_prior(
+        model, prompts, reward_funcs, num_per_prompt, columns=further, folder=prior_samples_dir
+    )
     names = [getattr(function, "__name__", f"reward_{k}") for k, function in enumerate(reward_funcs)]
     return PriorReference(Scored(drawn, log_prior, log_prior, rewards), names, settings, further)
 

@@ -64,6 +64,14 @@ class Samples:
             ids[:-1] if ended else ids for ids, ended in zip(self.completion_ids, self.ended.tolist(), strict=True)
         ]
 
+    def completions(self) -> list[Any]:
+        """What reward functions are given: texts, or a list with the assistant's message for a prompt of messages."""
+        prompts = [self.prompts[i] for i in self.prompt_index.tolist()]
+        return [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, self.texts, strict=True)
+        ]
+
     def outcomes(self) -> list[tuple[int, tuple[int, ...]]]:
         """Each completion with its prompt as one hashable: two are equal if they are the same outcome."""
         pairs = zip(self.prompt_index.tolist(), self.completion_ids, strict=True)
@@ -193,7 +201,8 @@ def score(reward_funcs: Sequence[RewardFunction], samples: Samples, **columns: S
         columns: further columns of the dataset, with one entry per prompt.
 
     Returns:
-        `torch.Tensor`: (N, K) float64; NaN where a function returned `None`, NaN or, as in training, infinity.
+        `torch.Tensor`: (N, K) float64, rounded to single precision as in training; NaN where a function returned
+            `None`, NaN or, as in training, infinity.
 
     Raises:
         ValueError: a column without an entry for each prompt, or a function that returns another number of rewards.
@@ -202,11 +211,7 @@ def score(reward_funcs: Sequence[RewardFunction], samples: Samples, **columns: S
         if len(column) != len(samples.prompts):
             raise ValueError(f"The column {name!r} has {len(column)} entries for {len(samples.prompts)} prompts.")
     index = samples.prompt_index.tolist()
-    prompts = [samples.prompts[i] for i in index]
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, samples.texts, strict=True)
-    ]
+    prompts, completions = [samples.prompts[i] for i in index], samples.completions()
     further = {name: [column[i] for i in index] for name, column in columns.items()}
     rewards = torch.full((len(samples), len(reward_funcs)), torch.nan, dtype=torch.float64)
     for k, function in enumerate(reward_funcs):
@@ -217,8 +222,8 @@ def score(reward_funcs: Sequence[RewardFunction], samples: Samples, **columns: S
         if len(values) != len(samples):
             name = getattr(function, "__name__", repr(function))
             raise ValueError(f"The reward function {name} returned {len(values)} rewards for {len(samples)} samples.")
-        rewards[:, k] = torch.tensor(values, dtype=torch.float64)
-    return rewards
+        rewards[:, k] = torch.tensor(values, dtype=torch.float32)
+    return rewards.masked_fill(rewards.isinf(), math.nan)  # too large for single precision
 
 
 async def _wait_for(awaitable: Any) -> Any:

@@ -1,18 +1,31 @@
 """What samples of the prior tell: their context and scores, log Z from them, and the folder that keeps them."""
 
+from .callable_identity import callable_fingerprint
 from .context import Context, LogPotential
-from .samples import Draw, PriorSamples, PriorSamplesError
+from .drawing import PriorModel, ScoredSamples, sample_prior
+from .identity import DrawIdentity, prompt_key, row_key
+from .samples import Draw, PriorSamples, Work
 from .scores import LogZEstimate, PriorScores, PromptTable, log_z_from_prior
+from .store import Completions, PriorSamplesError
 
 
 __all__ = [
+    "Completions",
     "Context",
     "Draw",
+    "DrawIdentity",
     "LogPotential",
     "LogZEstimate",
+    "PriorModel",
     "PriorSamples",
     "PriorSamplesError",
     "PriorScores",
     "PromptTable",
+    "ScoredSamples",
+    "Work",
+    "callable_fingerprint",
     "log_z_from_prior",
+    "prompt_key",
+    "row_key",
+    "sample_prior",
 ]

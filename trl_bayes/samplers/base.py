@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.evaluate import draw_prior
 from ..language_models.samples import Prompt, RewardFunction
 from ..language_models.vocabulary import check_same_vocabulary
-from ..targets import PriorScores, Target
+from ..prior import PriorModel, PriorScores, sample_prior
+from ..targets import Target
 from .language_model import LanguageModelSource
 from .source import Candidates, CompletionSource, check_support, concatenate
 
@@ -146,6 +146,9 @@ class Sampler:
         seed (`int`, *optional*, defaults to `0`): the same seed and batch size give the same draws.
         reward_weights (`torch.Tensor`, *optional*): (K,), as the trainers'.
         num_prior_samples (`int`, *optional*, defaults to `100`): see `target`.
+        prior_samples_dir (`str`, *optional*): folder in which these are kept and found, see
+            [`~trl_bayes.prior.sample_prior`].
+        prior_name (`str`, *optional*): folder or id that the prior was loaded from, by which they are found.
         progress (`bool`, *optional*, defaults to `False`): shows a progress bar.
 
     Raises:
@@ -167,6 +170,8 @@ class Sampler:
         seed: int = 0,
         reward_weights: Tensor | None = None,
         num_prior_samples: int = 100,
+        prior_samples_dir: str | None = None,
+        prior_name: str | None = None,
         progress: bool = False,
     ):
         at_least("max_new_tokens", max_new_tokens)
@@ -190,6 +195,7 @@ class Sampler:
         self.reward_funcs, self.target, self.method = list(reward_funcs), target, method
         self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
         self.seed, self.num_prior_samples, self.progress = seed, num_prior_samples, progress
+        self.prior_samples_dir, self.prior_name = prior_samples_dir, prior_name
 
     def sample(
         self,
@@ -256,20 +262,25 @@ class Sampler:
         if self.target.is_fitted:
             return self.target
         self.target.warn_of_too_few_samples(self.num_prior_samples)
-        reference = draw_prior(
+        prior = PriorModel(
             self.prior,
             self.tokenizer,
+            self.max_new_tokens,
+            self.temperature,
+            self.batch_size,
+            self.seed,
+            self.prior_name,
+            self.progress,
+        )
+        scored = sample_prior(
+            prior,
             prompts,
             self.reward_funcs,
             self.num_prior_samples,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            batch_size=self.batch_size,
-            seed=self.seed,
             columns=columns,
-            progress=self.progress,
+            folder=self.prior_samples_dir,
         )
-        shape, scored = (len(prompts), self.num_prior_samples), reference.scored
+        shape = (len(prompts), self.num_prior_samples)
         target = copy.deepcopy(self.target)
         target.fit(PriorScores(scored.rewards.view(*shape, -1), scored.log_prior.view(shape), keys))
         return target

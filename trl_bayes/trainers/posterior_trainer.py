@@ -1,9 +1,10 @@
 """The one file that touches TRL's methods: a GRPOTrainer whose fixed point is a chosen posterior."""
 
 import textwrap
+import uuid
 import warnings
 from abc import abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.fingerprint import Hasher
 from transformers import (
@@ -29,9 +30,20 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from .. import estimators
-from ..language_models.fingerprint import weights_fingerprint
+from ..language_models.fingerprint import model_fingerprint, parameters_fingerprint
 from ..partitions import RunningPartition
-from ..prior.samples import Draw, PriorSamples, PriorSamplesError
+from ..prior import (
+    Completions,
+    Draw,
+    DrawIdentity,
+    PriorSamples,
+    PriorSamplesError,
+    Work,
+    callable_fingerprint,
+    prompt_key,
+    row_key,
+)
+from ..prior.drawing import MOVED
 from ..targets import Context, PromptTable, Target, build_target
 from .exactness import distribution_altering_settings
 from .model_card import posterior_section, with_section
@@ -56,8 +68,6 @@ _MODEL_INPUTS = (
     "image_position_ids",
 )
 """Inputs of TRL's scorer besides token ids: they come and go with the model's modality."""
-
-_MOVED = 0.02  # nats per token from the prior: more than rounding, much less than another model
 
 
 class Sequences(NamedTuple):
@@ -189,6 +199,7 @@ class PosteriorTrainer(GRPOTrainer):
         self.running_partition = RunningPartition() if args.partition == "running" else None
         self.prior_log_z: PromptTable | None = None  # with `partition="prior_samples"`
         self._latest_rewards = torch.empty(0)  # of the latest generation, all processes: (B_global, K)
+        self._latest_completions: list[Any] = []  # of this process, as reward functions are given them
 
     # ---------------------------------------------------------------------------------------------------------------
     # What a subclass decides
@@ -294,24 +305,23 @@ class PosteriorTrainer(GRPOTrainer):
         Draws samples of the prior for every prompt, and fits the target and `log Z` to them.
 
         Called before the first generation. The samples are kept in `prior_samples_dir`, so that a second run with the
-        same model, prompts and rewards draws none. Neither metrics nor torch's random state show that anything was
-        drawn: the training that follows is the same, whether or not the samples were already there.
+        same model and prompts draws none, and scores them only if its rewards are others. What is learned across
+        prompts is learned from those of the training data, each as often as it occurs there. Neither metrics nor
+        torch's random state show that anything was drawn: the training that follows is the same, whether or not the
+        samples were already there.
 
         Raises:
-            PriorSamplesError: a `ValueError`: the samples that are kept are of another model, data or reward, some are
-                missing in the middle of a run, or the target cannot be fitted to them.
+            PriorSamplesError: a `ValueError`: the samples that are kept cannot be read, some are missing in the middle
+                of a run, or the target cannot be fitted to them.
             ValueError: the policy is not the prior any more.
         """
-        datasets = [self._remove_unused_columns(dataset) for dataset in self._datasets()]  # as TRL gives them
-        rows = {_row_hash(row): row for dataset in datasets for row in dataset}
-        with _as_prior_samples_error():
-            samples = PriorSamples(
-                self.args.prior_samples_dir or Path(str(self.args.output_dir)) / "prior_samples",
-                self._prior_sample_settings(),
-                torch.tensor(list(rows), dtype=torch.int64),
-                num_samples=self.args.num_prior_samples,
-                chunk_size=self.args.per_device_train_batch_size * (self.args.steps_per_generation or 1),
-            )
+        rows: dict[int, dict[str, Any]] = {}
+        multiplicity: Counter[int] = Counter()
+        for dataset in self._datasets():
+            for row in self._remove_unused_columns(dataset):  # as TRL gives them
+                rows.setdefault(key := _row_hash(row), row)
+                multiplicity[key] += dataset is self.train_dataset
+        samples = self._prior_samples(list(rows.values()))
         if len(samples.missing()) and self.state.global_step > 0:
             raise PriorSamplesError(
                 f"Samples of the prior are missing in {samples.folder}, and the policy has been trained since: start "
@@ -319,13 +329,16 @@ class PosteriorTrainer(GRPOTrainer):
             )
         samples.collect(
             self._draw_prior,
+            self._score_prior_samples,
             list(rows.values()),
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.accelerator.wait_for_everyone,
-            progress=not self.args.disable_tqdm,
+            Work(
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                self.accelerator.wait_for_everyone,
+                progress=not self.args.disable_tqdm,
+            ),
         )
-        scores = samples.scores()
+        scores = samples.scores(torch.tensor(list(rows)), torch.tensor([multiplicity[key] for key in rows]))
         if self.target.needs_prior_samples and not self.target.is_fitted:
             with _as_prior_samples_error():
                 self.target.fit(scores)
@@ -339,18 +352,38 @@ class PosteriorTrainer(GRPOTrainer):
                     stacklevel=2,
                 )
 
-    def _prior_sample_settings(self) -> dict[str, Any]:
+    def _prior_samples(self, rows: list[dict[str, Any]]) -> PriorSamples:
+        """The folder with samples of the prior for these rows."""
+        args = self.args
+        pairs = zip(self.reward_funcs, self.reward_processing_classes, strict=True)
+        rewards = [callable_fingerprint(function, tokenizer) for function, tokenizer in pairs]
+        keys = [row_key(row) for row in rows]
+        prompts, images, _ = self._tokenize_prompts([row["prompt"] for row in rows])
+        sees_row = images is not None or any({"image", "images"} & row.keys() for row in rows)
+        prompt_keys = [prompt_key(ids, key if sees_row else 0) for ids, key in zip(prompts, keys, strict=True)]
+        return PriorSamples(
+            args.prior_samples_dir or Path(str(args.output_dir)) / "prior_samples",
+            self._draw_identity(rewards),
+            torch.tensor(prompt_keys, dtype=torch.int64),
+            torch.tensor(keys, dtype=torch.int64),
+            rewards=rewards,
+            num_samples=args.num_prior_samples,
+            chunk_size=args.per_device_train_batch_size * (args.steps_per_generation or 1),
+        )
+
+    def _draw_identity(self, rewards: list[str | None]) -> DrawIdentity:
+        """What is drawn; where that cannot be told, something that no other run has."""
         args, model_id = self.args, get_config_model_id(self.model.config)
-        return {
-            "model": model_id,
-            "weights": weights_fingerprint(model_id) or getattr(self.model.config, "_commit_hash", None),
-            "reward_functions": self.reward_func_names,
-            "tools": sorted(tool.__name__ for tool in self.tools or []),
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "temperature": args.temperature,
-            "max_completion_length": args.max_completion_length,
-            "seed": args.seed,
-        }
+        parts = [model_fingerprint(model_id, self.model), *(callable_fingerprint(tool) for tool in self.tools or [])]
+        adapter = {name: each for name, each in self.model.named_parameters() if ".ref." in name}
+        if adapter:  # a trained adapter is part of the prior, which TRL keeps under this name
+            parts.append(parameters_fingerprint(adapter))
+        if self.rollout_func is not None:  # it may give the reward functions more than is kept
+            parts += [callable_fingerprint(self.rollout_func), *rewards]
+        once = broadcast_object_list([uuid.uuid4().hex])[0]
+        weights, *tools = [once if part is None else part for part in parts]
+        length = cast(int, args.max_completion_length)
+        return DrawIdentity(model_id, weights, args.temperature, length, self.eos_token_ids, args.seed, tools)
 
     def _draw_prior(self, rows: list[dict[str, Any]], seed: int) -> Draw:
         """Completions of the policy, which is still the prior, one for each row, with TRL's generation and rewards."""
@@ -361,9 +394,15 @@ class PosteriorTrainer(GRPOTrainer):
         self._refuse_policy_that_has_moved((log_policy - log_prior).sum() / own_tokens(output).sum())
         pairs = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
         ids = [row[kept].tolist() for row, kept in pairs]
-        start = self.accelerator.process_index * len(rows)
-        rewards = self._latest_rewards[start : start + len(rows)]
-        return Draw(ids, log_prior, rewards, self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        messages = [None if isinstance(given, str) else given for given in self._latest_completions]
+        return Draw(Completions(ids, texts, messages, log_prior), self._latest_rewards)
+
+    def _score_prior_samples(self, rows: list[dict[str, Any]], kept: Completions) -> torch.Tensor:
+        """Rewards `(B_global, K)` of completions that were kept."""
+        with self._unrecorded():
+            prompts = [row["prompt"] for row in rows]
+            return self._calculate_rewards([dict(row) for row in rows], prompts, kept.given, [*kept.completion_ids])
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
@@ -381,7 +420,7 @@ class PosteriorTrainer(GRPOTrainer):
 
     def _refuse_policy_that_has_moved(self, distance: torch.Tensor) -> None:
         """By its distance from the prior per token, in nats: what it samples must be samples of the prior."""
-        if distance > _MOVED:
+        if distance > MOVED:
             raise ValueError(
                 f"The policy is {distance:.2g} nats per token from the prior, so it cannot draw samples of the prior: "
                 f"start from the weights of {get_config_model_id(self.model.config)!r} as they were loaded, with "
@@ -399,6 +438,7 @@ class PosteriorTrainer(GRPOTrainer):
         self._mode_metrics["posterior/frac_infinite_reward"].append(infinite.any(dim=1).float().mean().item())
         # No evidence can be read from an infinite reward: it is treated like one that does not apply
         self._latest_rewards = rewards.masked_fill(infinite, torch.nan)
+        self._latest_completions = completions
         return self._latest_rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
