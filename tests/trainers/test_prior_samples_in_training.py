@@ -437,7 +437,7 @@ def test_only_what_is_missing_is_drawn(make: Make, prior: Prior, tmp_path: Path)
 
     grown._draw_prior = record
     grown.train()
-    assert len(drawn) == 48  # 40 are missing, in chunks of 16
+    assert len(drawn) == 40
     folder = tmp_path / "out" / "prior_samples"
     assert_scored_right(folder, prior, TASK.prompts, 40)
     more = Dataset.from_dict({"prompt": [*TASK.prompts, "b a"]})

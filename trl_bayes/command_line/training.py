@@ -287,7 +287,7 @@ def _check_posterior_state(checkpoint: Path, trainer_class: type[PosteriorTraine
     if not file.is_file():
         return
     state = torch.load(file, weights_only=True)
-    target = build_target(args.target, args.beta)
+    target = build_target(args.target, args.beta or None)
     for key, ours in (("trainer", trainer_class.__name__), ("target_settings", repr(target))):
         if state[key] != ours:
             raise ValueError(

@@ -158,7 +158,7 @@ class _Kept:
             torch.tensor([row_key(row) for row in rows], dtype=torch.int64),
             rewards=[callable_fingerprint(function) for function in self.reward_funcs],
             num_samples=num_per_prompt,
-            chunk_size=min(self.prior.batch_size, len(rows) * num_per_prompt),
+            chunk_size=self.prior.batch_size,
         )
         missing = kept.missing()
         kept.collect(self._draw, self._score, range(len(self.prompts)), Work(progress=self.prior.progress))

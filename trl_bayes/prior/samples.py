@@ -156,7 +156,7 @@ class PriorSamples:
         """
         Draws what is missing and scores what has no rewards; returns when this process has done its share.
 
-        Every process calls `draw` and `score` equally often, each time with `chunk_size` rows, so they may contain
+        Several processes call `draw` and `score` equally often, each time with `chunk_size` rows, so these may contain
         collective operations (sharded models, gathered rewards). Where there is less to do, rows are repeated and
         what is returned for them is thrown away.
 
@@ -190,8 +190,9 @@ class PriorSamples:
                     self._save(mine, drawn, work)
                 self._remember(of_all, drawn.rewards)
             for mine, of_all in self._rounds(unscored, "scoring prior samples", work):
-                kept = self._store.completions(index, places[self._filled_up(mine)])
-                rewards = self._checked(score([rows[i] for i in self._row_places(mine)], kept), work)
+                whole = self._whole_chunk(mine, work)
+                kept = self._store.completions(index, places[whole])
+                rewards = self._checked(score(self._rows_of(rows, whole), kept), whole, work)
                 if of_all[work.process_index] is not None:
                     self._save_rewards(mine, index.completion_key[places[mine]], rewards, work)
                 self._remember(of_all, rewards)
@@ -218,32 +219,32 @@ class PriorSamples:
                 yield chunks[min(start + work.num_processes, len(chunks)) - 1] if mine is None else mine, of_all
                 bar.update(sum(len(each) for each in of_all if each is not None))
 
-    def _filled_up(self, samples: torch.Tensor) -> torch.Tensor:
-        """A chunk `(chunk_size,)`: the last sample is repeated."""
-        return torch.cat([samples, samples[-1:].expand(self.chunk_size - len(samples))])
+    def _whole_chunk(self, samples: torch.Tensor, work: Work) -> torch.Tensor:
+        """With several processes as many samples as all others have: the last one is repeated."""
+        missing = self.chunk_size - len(samples) if work.num_processes > 1 else 0
+        return torch.cat([samples, samples[-1:].expand(missing)])
 
-    def _row_places(self, samples: torch.Tensor) -> list[int]:
-        return (self._filled_up(samples) // self.num_samples).tolist()
+    def _rows_of(self, rows: Sequence[Row], samples: torch.Tensor) -> list[Row]:
+        return [rows[place] for place in (samples // self.num_samples).tolist()]
 
     def _draw(
         self, draw: Callable[[list[Row], int], Draw], rows: Sequence[Row], samples: torch.Tensor, work: Work
     ) -> Draw:
-        chosen = [rows[place] for place in self._row_places(samples)]
+        whole = self._whole_chunk(samples, work)
         first = (int(self._of_rows(self.prompt_keys)[samples[0]]), int(self._numbers[samples[0]]))
         seed = stable_hash([self.identity.seed, *first])
         torch.manual_seed(seed)
-        drawn = draw(chosen, seed % 2**31)
+        drawn = draw(self._rows_of(rows, whole), seed % 2**31)
         lengths = [len(part) for part in drawn.completions]
-        if any(length != len(chosen) for length in lengths) or drawn.completions.log_prior.dim() != 1:
+        if any(length != len(whole) for length in lengths) or drawn.completions.log_prior.dim() != 1:
             raise ValueError(
-                f"`draw` was given {len(chosen)} rows and returned {lengths} completions, texts, messages and "
+                f"`draw` was given {len(whole)} rows and returned {lengths} completions, texts, messages and "
                 "log-probabilities: return one of each for every row."
             )
-        self._checked(drawn.rewards, work)
-        return drawn
+        return drawn._replace(rewards=self._checked(drawn.rewards, whole, work))
 
-    def _checked(self, rewards: torch.Tensor, work: Work) -> torch.Tensor:
-        shape = (work.num_processes * self.chunk_size, len(self.reward_fingerprints))
+    def _checked(self, rewards: torch.Tensor, samples: torch.Tensor, work: Work) -> torch.Tensor:
+        shape = (work.num_processes * len(samples), len(self.reward_fingerprints))
         if tuple(rewards.shape) != shape:
             raise ValueError(
                 f"The rewards of a chunk of prior samples have shape {tuple(rewards.shape)}: return those of all "
@@ -255,14 +256,14 @@ class PriorSamples:
         own = Completions(*(part[: len(samples)] for part in drawn.completions))  # type: ignore[arg-type]
         prompt_keys = self._of_rows(self.prompt_keys)[samples]
         keys = self._store.add_samples(prompt_keys, self._numbers[samples], own)
-        self._save_rewards(samples, keys, drawn.rewards.cpu(), work)
+        self._save_rewards(samples, keys, drawn.rewards, work)
 
     def _save_rewards(
         self, samples: torch.Tensor, completion_keys: torch.Tensor, rewards: torch.Tensor, work: Work
     ) -> None:
         if not self._recognized:
             return
-        own = rewards.unflatten(0, (work.num_processes, self.chunk_size))[work.process_index, : len(samples)]
+        own = rewards.unflatten(0, (work.num_processes, -1))[work.process_index, : len(samples)]
         fingerprints = [str(self.reward_fingerprints[column]) for column in self._recognized]
         row_keys = self._of_rows(self.row_keys)[samples]
         numbers = self._numbers[samples]
@@ -270,7 +271,7 @@ class PriorSamples:
 
     def _remember(self, of_all: Sequence[torch.Tensor | None], rewards: torch.Tensor) -> None:
         """Keeps the rewards of functions that cannot be recognized, on every process."""
-        for samples, own in zip(of_all, rewards.cpu().unflatten(0, (len(of_all), self.chunk_size)), strict=True):
+        for samples, own in zip(of_all, rewards.unflatten(0, (len(of_all), -1)), strict=True):
             if samples is not None:
                 self._scored_now[samples] = own[: len(samples), self._unrecognized].double()
                 self._is_scored_now[samples] = True

@@ -162,7 +162,7 @@ class PosteriorTrainer(GRPOTrainer):
         if target is not None and args.target is not None:
             raise ValueError("The target is given twice, as `target=` and as `args.target`: leave one of them out.")
         self.divergence = args.make_divergence()
-        self.target = build_target(args.target if target is None else target, args.beta)
+        self.target = build_target(args.target if target is None else target, args.beta or None)
         self._refuse_infinite_divergence()
         if ignored := args.ineffective_settings():
             warnings.warn(f"{type(self).__name__} does not clip ratios, so {ignored} have no effect.", stacklevel=2)
