@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_bayes.commands import quickstart
-from trl_bayes.commands.quickstart import RUNS, QuickstartArguments, Run, prepare_folder
+from trl_bayes.command_line import quickstart
+from trl_bayes.command_line.quickstart import RUNS, QuickstartArguments, Run, prepare_quickstart
+from trl_bayes.commands.quickstart import main
 
 
 def begun(folder: Path, **settings: Any) -> Path:
@@ -22,7 +23,7 @@ def begun(folder: Path, **settings: Any) -> Path:
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one sentence with which the quickstart refuses."""
     with pytest.raises(SystemExit) as exit_:
-        quickstart.main(list(argv))
+        main(list(argv))
     assert exit_.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -71,7 +72,7 @@ def test_an_interrupted_run_keeps_what_is_trained(tmp_path: Path, monkeypatch: p
     args = QuickstartArguments(output_dir=str(folder))
     trained: list[str] = []
     monkeypatch.setattr(quickstart, "train", lambda run, *rest: trained.append(run.name))
-    quickstart.train_all(args, prepare_folder(args), quickstart.Console(quiet=True))
+    quickstart.train_all(args, prepare_quickstart(args), quickstart.Console(quiet=True))
     assert sorted(trained) == ["f_dpg", "kl_rl", "pure_rl"]
 
 
@@ -81,7 +82,7 @@ def test_overwrite_begins_again(tmp_path: Path) -> None:
     (folder / "thesis.txt").write_text("do not touch")
     (folder / "dpg").mkdir()
     (folder / "dpg" / "trained.json").write_text('{"seconds": 1.0}')
-    prepare_folder(QuickstartArguments(output_dir=str(folder), overwrite=True))
+    prepare_quickstart(QuickstartArguments(output_dir=str(folder), overwrite=True))
     assert sorted(path.name for path in folder.iterdir()) == ["quickstart.json", "thesis.txt"]
 
 
@@ -112,7 +113,7 @@ def test_all_runs_have_the_same_budget_and_problem() -> None:
 @pytest.mark.slow
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "quickstart"
-    quickstart.main(["--quick", "--output_dir", str(folder)])
+    main(["--quick", "--output_dir", str(folder)])
     table = capsys.readouterr().out
     page = (folder / "report.html").read_text(encoding="utf-8")
     rows = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["rows"]

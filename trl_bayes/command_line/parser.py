@@ -3,16 +3,15 @@
 import argparse
 import os
 import re
-import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 
+from .refusals import refuse
 from .unknown_keys import nearest
 
 
@@ -199,30 +198,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     return float(value) if isinstance(value, Exponent) else value
-
-
-def refuse(program: str, message: str) -> NoReturn:
-    """One sentence on stderr and exit code 2; of several processes only the first of each machine speaks."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextmanager
-def one_sentence(
-    program: str, errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
-) -> Iterator[None]:
-    """
-    Refuses with the message of an error, where it is one that the user can set right.
-
-    Args:
-        program (`str`): such as `"trl-bayes evaluate"`.
-        errors (`tuple`, *optional*): which errors. Defaults to those of checking a configuration.
-    """
-    try:
-        yield
-    except errors as error:
-        refuse(program, str(error) or type(error).__name__)
 
 
 def _kind(hint: Any) -> Any:

@@ -1,6 +1,7 @@
 """What `sample` and `evaluate` share: a posterior, written as for training and loaded without a trainer."""
 
 import sys
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +32,9 @@ class Study(NamedTuple):
     num_rows: int | None  # of the data, of which `rows` may be the beginning
     max_completion_length: int
     temperature: float
+    prior_path: str
+    prior_samples_dir: str | None  # that of a training, with what it has kept
+    training_seed: int  # by which kept samples are known
 
     @property
     def prompts(self) -> list[Any]:
@@ -48,6 +52,11 @@ class Study(NamedTuple):
         return SamplingSettings(
             self.max_completion_length, self.temperature, args.batch_size, args.seed, progress=sys.stderr.isatty()
         )
+
+    def settings_of_prior(self, args: StudyArguments) -> SamplingSettings:
+        """How the prior is sampled: where samples are kept, as training does."""
+        settings = self.sampling_settings(args)
+        return settings if self.prior_samples_dir is None else replace(settings, seed=self.training_seed)
 
 
 def load_study(args: StudyArguments, arguments: Arguments) -> Study:
@@ -81,7 +90,20 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     check_prompts([row["prompt"] for row in rows], tokenizer, prior, max_completion_length=length)
     named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
     return Study(
-        named, prior, tokenizer, rewards, names, target, weights, rows, num_rows, length, training.temperature
+        named,
+        prior,
+        tokenizer,
+        rewards,
+        names,
+        target,
+        weights,
+        rows,
+        num_rows,
+        length,
+        training.temperature,
+        name,
+        training.prior_samples_dir,
+        training.seed,
     )
 
 

@@ -18,7 +18,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ..language_models.adapters import base_of_adapter
 from ..language_models.prompts import check_prompts
-from ..prior.samples import PriorSamplesError
+from ..prior import PriorSamplesError
 from ..targets import build_target
 from ..trainers.posterior_config import PosteriorConfig
 from ..trainers.posterior_trainer import PosteriorTrainer
@@ -27,9 +27,9 @@ from .data import hub_dataset, load_data, select_split
 from .folders import prepare_folder
 from .launch import already_launched, launch
 from .models import find_config, load_tokenizer, load_trainable_adapter, loading_arguments, model_path
-from .parser import one_sentence
 from .prompts import PromptError
 from .recipe import check_trainer, make_arguments, read_command_line, training_parser
+from .refusals import one_sentence
 from .rewards import check_reward_models, find_rewards
 
 
@@ -118,7 +118,7 @@ def _check_posterior_state(checkpoint: Path, trainer_class: type[PosteriorTraine
     if not file.is_file():
         return
     state = torch.load(file, weights_only=True)
-    target = build_target(args.target, args.beta)
+    target = build_target(args.target, args.beta or None)
     for key, ours in (("trainer", trainer_class.__name__), ("target_settings", repr(target))):
         if state[key] != ours:
             raise ValueError(

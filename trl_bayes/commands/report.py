@@ -1,8 +1,9 @@
 """Write one HTML report for runs that have been measured."""
 
 import argparse
-import sys
 from pathlib import Path
+
+from ..command_line.refusals import one_sentence
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,16 +20,13 @@ def main(argv: list[str] | None = None) -> None:
     from ..evaluation.files import merge_reports, read_report  # after the parser: it imports torch
     from ..evaluation.page import write_report
 
-    folder = Path(args.output_dir)
-    try:
+    folder = Path(args.output_dir).expanduser()
+    with one_sentence("trl-bayes report"):
         if (folder / "report.html").exists() and not args.overwrite:
             raise ValueError(f"{folder / 'report.html'} exists: give another --output_dir, or --overwrite.")
         report = merge_reports({path: read_report(path) for path in args.runs})
         report.title = args.title or report.title
         print(write_report(report, folder))
-    except (ValueError, OSError) as error:
-        print(f"trl-bayes report: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def _parser() -> argparse.ArgumentParser:
