@@ -189,7 +189,7 @@ def draw_reference(job: Job) -> PriorReference:
         study.prompts,
         study.rewards,
         args.num_reference_samples,
-        study.sampling_settings(args),
+        study.settings,
         study.columns,
     )
 
@@ -278,8 +278,8 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
             "rewards": ", ".join(study.reward_names),
             "target": target,
             "prompts": _prompts_in_words(study),
-            "longest completion": f"{study.max_completion_length} tokens",
-            "temperature": str(study.temperature),
+            "longest completion": f"{study.settings.max_new_tokens} tokens",
+            "temperature": str(study.settings.temperature),
         },
         posterior=_record("posterior", of_posterior, posterior, posterior.exact),
         prior=_record("prior", of_prior, posterior, posterior.prior.completions),

@@ -11,6 +11,7 @@ from ..language_models.prompts import check_prompts
 from ..language_models.settings import SamplingSettings
 from ..rewards.calling import NOT_PASSED_ON
 from ..targets import Target, build_target
+from ..trainers.posterior_config import PosteriorConfig
 from .arguments import Arguments, StudyArguments
 from .data import load_data, select_split
 from .models import choose_device, find_config, load_model, load_tokenizer, loading_arguments, model_path
@@ -29,8 +30,7 @@ class Study(NamedTuple):
     reward_weights: torch.Tensor | None
     rows: list[dict[str, Any]]
     num_rows: int | None  # of the data, of which `rows` may be the beginning
-    max_completion_length: int
-    temperature: float
+    settings: SamplingSettings  # how completions are drawn, of all models
 
     @property
     def prompts(self) -> list[Any]:
@@ -42,12 +42,6 @@ class Study(NamedTuple):
         """What reward functions are given besides."""
         names = [name for name in self.rows[0] if name not in NOT_PASSED_ON]
         return {name: [row[name] for row in self.rows] for name in names}
-
-    def sampling_settings(self, args: StudyArguments) -> SamplingSettings:
-        """How completions are drawn, of all models; with progress bars if there is someone to show them to."""
-        return SamplingSettings(
-            self.max_completion_length, self.temperature, args.batch_size, args.seed, progress=sys.stderr.isatty()
-        )
 
 
 def load_study(args: StudyArguments, arguments: Arguments) -> Study:
@@ -73,15 +67,32 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     target.bind(names, weights)
     rows, num_rows = _rows(args, arguments)
     settings = {**loading_arguments(arguments.model, training), "revision": revision}
-    tokenizer = load_tokenizer(name, settings, training.chat_template_kwargs)
+    tokenizer = load_tokenizer(name, settings)
     is_policys = training.prior_model_name_or_path is None
     prior = load_model(name, arguments, args.device, revision=revision, quantized=is_policys)
     rewards = load_reward_models(rewards, arguments, choose_device(args.device, training))
-    length = cast(int, training.max_completion_length)  # the configuration's default is a number
-    check_prompts([row["prompt"] for row in rows], tokenizer, prior, max_completion_length=length)
     named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
-    return Study(
-        named, prior, tokenizer, rewards, names, target, weights, rows, num_rows, length, training.temperature
+    drawn = _sampling_settings(args, training)
+    study = Study(named, prior, tokenizer, rewards, names, target, weights, rows, num_rows, drawn)
+    check_prompts(
+        study.prompts,
+        tokenizer,
+        prior,
+        max_completion_length=drawn.max_new_tokens,
+        chat_template_kwargs=drawn.chat_template_kwargs,
+    )
+    return study
+
+
+def _sampling_settings(args: StudyArguments, training: PosteriorConfig) -> SamplingSettings:
+    """As in training; with progress bars if there is someone to show them to."""
+    return SamplingSettings(
+        cast(int, training.max_completion_length),  # the configuration's default is a number
+        training.temperature,
+        args.batch_size,
+        args.seed,
+        chat_template_kwargs=cast("dict[str, Any]", training.chat_template_kwargs or {}),
+        progress=sys.stderr.isatty(),
     )
 
 
