@@ -111,4 +111,6 @@ def test_what_turns_out_from_the_prior_is_one_sentence_too(
     first = {**settings, "target": reachable, "prior_samples_dir": "kept", "output_dir": "first"}
     Path("recipe.yaml").write_text(json.dumps(first))
     cli.main(["dpg", "--config", "recipe.yaml"])
-    assert "kept" in refusal("dpg", {**first, "output_dir": "second", "seed": 1})
+    next(Path("kept").rglob("samples-*.parquet")).write_bytes(b"not a table")
+    said = refusal("dpg", {**first, "output_dir": "second"})
+    assert said.startswith("kept/") and said.endswith("delete it, and it is made again.")

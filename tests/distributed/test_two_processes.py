@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_bayes.benchmarks.tiny import letter_count_task
+from trl_bayes.prior import prompt_key
 
 
 pytestmark = pytest.mark.slow
@@ -192,10 +193,13 @@ def test_samples_of_the_prior_agree(launched: Launched, backend: str) -> None:
 def test_samples_of_the_prior_drawn_by_two(launched: Launched, backend: str, models: Path) -> None:
     run = launched(backend)
     results = run("draws")
-    files = sorted((run.folder / "draws" / "prior_samples").glob("*.parquet"))
+    files = sorted((run.folder / "draws" / "prior_samples").rglob("samples-*.parquet"))
     samples = pa.concat_tables([pq.read_table(file) for file in files]).to_pydict()
-    assert sorted(samples["sample"]) == list(range(24 * len(TASK.prompts)))
-    prompts = [TASK.prompts[number // 24] for number in samples["sample"]]
+    tokenizer = AutoTokenizer.from_pretrained(models / "policy")
+    prompt_of = {prompt_key(tokenizer(text=prompt)["input_ids"]): prompt for prompt in TASK.prompts}
+    prompts = [prompt_of[key] for key in samples["prompt_key"]]
+    drawn = sorted(zip(prompts, samples["number"], strict=True))
+    assert drawn == sorted((prompt, number) for prompt in TASK.prompts for number in range(24))
     close(torch.tensor(samples["log_prior"]).float(), log_prob(models / "policy", prompts, samples["completion_ids"]))
     chunks = [pq.read_table(file, columns=["completion_ids"]).to_pydict()["completion_ids"] for file in files]
     assert all(one != other for one, other in zip(chunks, chunks[1:], strict=False))  # no random numbers twice

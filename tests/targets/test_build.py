@@ -168,7 +168,6 @@ def test_names_are_those_of_the_classes() -> None:
         assert getattr(trl_bayes.targets, target_class.__name__) is target_class
 
 
-@pytest.mark.parametrize("beta", [None, 0.0])
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
@@ -179,9 +178,15 @@ def test_names_are_those_of_the_classes() -> None:
         ({"name": "tilt", "beta": 0.2}, "Tilt(beta=0.2)"),
     ],
 )
-def test_default_temperature(spec: Any, expected: str, beta: float | None) -> None:
+def test_default_temperature(spec: Any, expected: str) -> None:
     """Without one of the run's, as in pure RL, it is the target's own."""
-    assert repr(build_target(spec, beta)) == expected
+    assert repr(build_target(spec)) == repr(build_target(spec, None)) == expected
+
+
+@pytest.mark.parametrize("spec", [None, "chi_squared", {"name": "calibrated", "transform": "identity"}])
+def test_a_temperature_of_0_is_none(spec: Any) -> None:
+    with pytest.raises(ValueError, match="positive finite `beta`"):
+        build_target(spec, beta=0.0)
 
 
 def test_a_class_says_its_own_default_temperature(monkeypatch: pytest.MonkeyPatch) -> None:

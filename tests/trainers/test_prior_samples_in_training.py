@@ -3,13 +3,16 @@
 The tiny prior's completions are all enumerated, so every sample on disk can be checked against its probability.
 """
 
+import asyncio
 import functools
+import inspect
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +20,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from tests.helpers.trainers import QUIET, TRAINERS
 from tests.helpers.training import from_trl, lora, step_logs
 from trl_bayes.benchmarks.tiny import letter_count_task
-from trl_bayes.language_models.fingerprint import weights_fingerprint
+from trl_bayes.prior import prompt_key
+from trl_bayes.rewards import length_between
+from trl_bayes.trainers.batches import row_hash
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
 
@@ -92,16 +102,26 @@ def make(prior: Prior, tmp_path: Path) -> Make:
     return Make(prior, tmp_path)
 
 
-def samples_on_disk(folder: Path) -> list[dict[str, Any]]:
-    rows = [row for file in sorted(folder.glob("samples-*.parquet")) for row in pq.read_table(file).to_pylist()]
-    return sorted(rows, key=lambda row: row["sample"])
+def samples_on_disk(folder: Path, kind: str = "samples") -> list[dict[str, Any]]:
+    return [row for file in sorted(folder.rglob(f"{kind}-*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
-def draw_nothing(trainer: PosteriorTrainer) -> PosteriorTrainer:
+def of_prompts(folder: Path, prior: Prior, prompts: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """The samples of each prompt, in the order of their numbers."""
+    keys = [prompt_key(prior.tokenizer(text=prompt)["input_ids"]) for prompt in prompts]
+    rows = sorted(samples_on_disk(folder), key=lambda row: row["number"])
+    return [[row for row in rows if row["prompt_key"] == key] for key in keys]
+
+
+def draw_nothing(trainer: PosteriorTrainer, score: bool = False) -> PosteriorTrainer:
+    """A trainer for which everything must be there; but for the rewards, with `score`."""
+
     def refuse(*args: Any) -> None:
-        raise AssertionError("a sample was drawn")
+        raise AssertionError("a sample was drawn or scored")
 
     trainer._draw_prior = refuse  # type: ignore[method-assign, assignment]
+    if not score:
+        trainer._score_prior_samples = refuse  # type: ignore[method-assign, assignment]
     return trainer
 
 
@@ -117,13 +137,23 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 # --- What is drawn ---------------------------------------------------------------------------------------------------
 
 
-def assert_scored_right(rows: list[dict[str, Any]], prior: Prior, prompts: list[str], num_samples: int) -> None:
-    assert [row["sample"] for row in rows] == list(range(len(prompts) * num_samples))
-    for row in rows:
-        prompt = prompts[row["sample"] // num_samples]
-        exact = prior.log_probs[prompt][tuple(row["completion_ids"])]
-        assert row["log_prior"] == pytest.approx(exact, abs=1e-4)
-        assert row["text"] == prior.tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+def assert_scored_right(folder: Path, prior: Prior, prompts: Sequence[str], num_samples: int) -> None:
+    assert len(samples_on_disk(folder)) == len(prompts) * num_samples
+    for prompt, rows in zip(prompts, of_prompts(folder, prior, prompts), strict=True):
+        assert [row["number"] for row in rows] == list(range(num_samples))
+        for row in rows:
+            exact = prior.log_probs[prompt][tuple(row["completion_ids"])]
+            assert row["log_prior"] == pytest.approx(exact, abs=1e-4)
+            assert row["text"] == prior.tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+
+
+def rewards_of(folder: Path, rows: Sequence[dict[str, Any]]) -> list[list[float | None]]:
+    """The rewards of samples, whose functions are in the order of their fingerprints' first appearance."""
+    found: dict[tuple[int, int], list[float | None]] = {}
+    for each in samples_on_disk(folder, "rewards"):
+        _, number, completion_key, *rewards = each.values()
+        found[number, completion_key] = rewards
+    return [found[row["number"], row["completion_key"]] for row in rows]
 
 
 # Chunks of 16, and of 12 = two steps of 6 in groups of 4: neither divides the 30 samples of a prompt
@@ -133,15 +163,17 @@ def test_samples_have_their_probability_under_the_prior_and_their_rewards(
 ) -> None:
     trainer = make(target=TILT, config={"partition": "prior_samples", **batch}, reward_funcs=[count_a, length])
     trainer.train()
-    rows = samples_on_disk(tmp_path / "out" / "prior_samples")
-    assert_scored_right(rows, prior, list(TASK.prompts), 30)
-    for row in rows:
-        assert row["rewards"] == [TASK.reward([row["text"]])[0], len(row["completion_ids"])]
+    folder = tmp_path / "out" / "prior_samples"
+    assert_scored_right(folder, prior, TASK.prompts, 30)
+    rows = of_prompts(folder, prior, TASK.prompts)
+    for of_prompt in rows:
+        for row, rewards in zip(of_prompt, rewards_of(folder, of_prompt), strict=True):
+            assert rewards == [TASK.reward([row["text"]])[0], len(row["completion_ids"])]
 
     # and log Z is the mean of their evidence
-    totals = torch.tensor([sum(row["rewards"]) for row in rows]).view(4, 30)
+    totals = torch.tensor([[sum(rewards) for rewards in rewards_of(folder, of_prompt)] for of_prompt in rows])
     log_z = (totals / 0.7).logsumexp(dim=1) - torch.tensor(30.0).log()
-    keys = torch.tensor([row["prompt_key"] for row in rows[::30]])
+    keys = torch.tensor([row_hash(row) for row in TASK.dataset(4)])
     assert trainer.partition.table is not None
     torch.testing.assert_close(trainer.partition.table.lookup(keys).float(), log_z, rtol=0, atol=1e-4)
 
@@ -150,8 +182,10 @@ def test_samples_follow_the_prior(make: Make, prior: Prior, tmp_path: Path) -> N
     """Mean `log pi_0` of 2,000 samples is minus the prior's entropy; 4 standard errors: false alarm 3e-4 over all."""
     config = {"num_prior_samples": 500, "per_device_train_batch_size": 200, "max_steps": 1}
     make(target=BEST_OF_4, config=config, train_dataset=TASK.dataset(200)).train()
-    drawn = torch.tensor([row["log_prior"] for row in samples_on_disk(tmp_path / "out" / "prior_samples")]).view(4, -1)
-    for prompt, values in zip(TASK.prompts, drawn, strict=True):
+    drawn = of_prompts(tmp_path / "out" / "prior_samples", prior, TASK.prompts)
+    for prompt, rows in zip(TASK.prompts, drawn, strict=True):
+        values = torch.tensor([row["log_prior"] for row in rows])
+        assert len(values) == 500
         exact = torch.tensor(list(prior.log_probs[prompt].values()), dtype=torch.float64)
         mean = (exact.exp() * exact).sum()
         deviation = (exact.exp() * (exact - mean).square()).sum().sqrt()
@@ -164,18 +198,21 @@ def test_at_another_temperature(make: Make, prior: Prior, tmp_path: Path) -> Non
     exact = TASK.log_probs(model, prior.tokenizer, temperature=2.0)
     ids, mask = TASK.completions(prior.tokenizer)
     place = {tuple(row[own].tolist()): i for i, (row, own) in enumerate(zip(ids, mask, strict=True))}
-    for row in samples_on_disk(tmp_path / "out" / "prior_samples"):
-        expected = exact[row["sample"] // 30, place[tuple(row["completion_ids"])]].item()
-        assert row["log_prior"] == pytest.approx(expected, abs=1e-4)
+    for i, rows in enumerate(of_prompts(tmp_path / "out" / "prior_samples", prior, TASK.prompts)):
+        assert len(rows) == 30
+        for row in rows:
+            expected = exact[i, place[tuple(row["completion_ids"])]].item()
+            assert row["log_prior"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_missing_and_infinite_rewards(make: Make, tmp_path: Path) -> None:
     """They are missing in the file, and the target learns from the rest."""
     trainer = make(target={**BEST_OF_4, "rewards": ["only_with_b"]}, reward_funcs=[count_a, only_with_b])
     trainer.train()
-    for row in samples_on_disk(tmp_path / "out" / "prior_samples"):
-        assert row["rewards"][1] == (1.0 if row["text"].count("b") == 1 else None)
-        assert row["rewards"][0] is not None
+    rows = samples_on_disk(folder := tmp_path / "out" / "prior_samples")
+    for row, rewards in zip(rows, rewards_of(folder, rows), strict=True):
+        assert rewards[1] == (1.0 if row["text"].count("b") == 1 else None)
+        assert rewards[0] is not None
     assert all(value.isfinite().all() for value in weights(trainer).values())
     assert 0 < step_logs(trainer)[0]["posterior/frac_unscored"] < 1
 
@@ -212,7 +249,7 @@ def test_a_rare_event_that_no_sample_shows(make: Make) -> None:
     assert_same(weights(trainer), before)
 
 
-def test_rows_with_other_columns_are_other_prompts(make: Make, tmp_path: Path) -> None:
+def test_rows_with_other_columns_are_other_prompts(make: Make, prior: Prior, tmp_path: Path) -> None:
     """The evidence may depend on any column. With `remove_unused_columns` the trainer sees the prompt only."""
 
     def as_wanted(completions: list[str], wanted: list[str], **kwargs: Any) -> list[float]:
@@ -220,9 +257,11 @@ def test_rows_with_other_columns_are_other_prompts(make: Make, tmp_path: Path) -
 
     data = Dataset.from_dict({"prompt": ["a", "a", "b", "a"], "wanted": ["c", "d", "c", "c"]})
     make(target=BEST_OF_4, reward_funcs=as_wanted, train_dataset=data).train()
-    rows = samples_on_disk(tmp_path / "out" / "prior_samples")
-    assert len(rows) == 3 * 30
-    assert [row["rewards"][0] for row in rows[30:60]] == [row["text"].count("d") for row in rows[30:60]]
+    folder = tmp_path / "out" / "prior_samples"
+    with_a, with_b = of_prompts(folder, prior, ["a", "b"])
+    assert (len(with_a), len(with_b)) == (60, 30)  # two rows have the prompt "a", and share no sample
+    expected = [[row["text"].count("c" if row["number"] < 30 else "d")] for row in with_a]
+    assert rewards_of(folder, with_a) == expected
 
     config = {"remove_unused_columns": True, "prior_samples_dir": str(tmp_path / "narrow")}
     make(target=BEST_OF_4, config=config, train_dataset=data).train()
@@ -266,7 +305,7 @@ def test_a_vllm_server_samples_each_row_for_its_own_prompt(
     trainer.train()
     assert [number for _, number in asked] == [1] * 8 + [4]  # 120 samples in chunks of 16, then the training
     assert trainer.num_generations == trainer.num_generations_eval == 4
-    assert_scored_right(samples_on_disk(tmp_path / "out" / "prior_samples"), prior, list(TASK.prompts), 30)
+    assert_scored_right(tmp_path / "out" / "prior_samples", prior, TASK.prompts, 30)
 
 
 # --- No other traces -------------------------------------------------------------------------------------------------
@@ -327,70 +366,274 @@ def test_what_was_learned_is_logged(make: Make) -> None:
         assert log["posterior/target/moments/count_a/lambda"] != 0
 
 
-# --- Found again, or refused -----------------------------------------------------------------------------------------
+# --- Found again -----------------------------------------------------------------------------------------------------
 
 
-def other_reward(completions: list[str], **kwargs: Any) -> list[float]:
+def same_function_by_another_name(completions: list[str], **kwargs: Any) -> list[float]:
     return TASK.reward(completions)
 
 
+def folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@ties
 @pytest.mark.parametrize(
-    ("config", "arguments", "message"),
-    [
-        (
-            {},
-            {"reward_funcs": other_reward},
-            r"of reward_functions=\['count_a'\].* has reward_functions=\['other_rewa",
-        ),
-        ({"temperature": 0.8}, {}, "of temperature=1.0, but this run has temperature=0.8: use another folder"),
-        ({"max_completion_length": 3}, {}, "of max_completion_length=4, but this run has max_completion_length=3"),
-        ({"seed": 1}, {}, "of seed=42, but this run has seed=1"),
-        ({"num_prior_samples": 31}, {}, "of num_samples=30, but this run has num_samples=31"),
-        ({"chat_template_kwargs": {"thinking": False}}, {}, "of chat_template_kwargs={}, but"),
-        (
-            {},
-            {"train_dataset": Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})},
-            "of prompts='.*', but this run has prompts='",
-        ),
-    ],
+    "config", [{"temperature": 0.8}, {"max_completion_length": 3}, {"seed": 1}], ids=lambda config: next(iter(config))
 )
-def test_samples_of_something_else_are_refused(
-    config: dict[str, Any], arguments: dict[str, Any], message: str, make: Make
-) -> None:
+def test_samples_of_something_else_stand_beside(config: dict[str, Any], make: Make, tmp_path: Path) -> None:
+    """In the same folder: each run finds its own, and none is taken for another's."""
     make(target=BEST_OF_4).train()
-    trainer = draw_nothing(make(target=BEST_OF_4, config=config, **arguments))
-    with pytest.raises(ValueError, match=message) as refused:
-        trainer.train()
-    assert "\n" not in str(refused.value)
+    kept = tmp_path / "out" / "prior_samples"
+    (first,) = folders(kept)
+    other = make(target=BEST_OF_4, config=config)
+    with pytest.raises(AssertionError, match="a sample was drawn"):
+        draw_nothing(make(target=BEST_OF_4, config=config)).train()
+    other.train()
+    assert len(folders(kept)) == 2
+    draw_nothing(make(target=BEST_OF_4)).train()
+    draw_nothing(make(target=BEST_OF_4, config=config)).train()
+    assert len(samples_on_disk(kept / first)) == len(samples_on_disk(kept)) / 2 == 4 * 30
 
 
-def test_samples_of_another_model_are_refused(make: Make, prior: Prior, tmp_path: Path) -> None:
+@ties
+def test_only_what_is_missing_is_drawn(make: Make, prior: Prior, tmp_path: Path) -> None:
+    """More samples of each prompt, and more prompts; fewer of either are there already."""
     make(target=BEST_OF_4).train()
-    with pytest.raises(ValueError, match="are of model='.*', but this run has model='.*/copy': use another folder"):
-        make(target=BEST_OF_4, model=shutil.copytree(prior.path, tmp_path / "copy").as_posix()).train()
+    grown = make(target=BEST_OF_4, config={"num_prior_samples": 40})
+    drawn: list[dict[str, Any]] = []
+    draw = grown._draw_prior
+
+    def record(rows: list[dict[str, Any]], seed: int) -> Any:
+        drawn.extend(rows)
+        return draw(rows, seed)
+
+    grown._draw_prior = record
+    grown.train()
+    assert len(drawn) == 40
+    folder = tmp_path / "out" / "prior_samples"
+    assert_scored_right(folder, prior, TASK.prompts, 40)
+    more = Dataset.from_dict({"prompt": [*TASK.prompts, "b a"]})
+    make(target=BEST_OF_4, train_dataset=more, config={"num_prior_samples": 40}).train()
+    assert len(samples_on_disk(folder)) == 5 * 40
+    for data, number in ((TASK.dataset(8), 30), (more, 40), (Dataset.from_dict({"prompt": ["b a", "a"] * 4}), 20)):
+        draw_nothing(make(target=BEST_OF_4, train_dataset=data, config={"num_prior_samples": number})).train()
 
 
-def test_samples_of_other_weights_in_the_same_folder_are_refused(make: Make, prior: Prior, tmp_path: Path) -> None:
+def test_the_same_weights_in_another_folder_are_the_same_model(make: Make, prior: Prior, tmp_path: Path) -> None:
+    make(target=BEST_OF_4).train()
+    draw_nothing(make(target=BEST_OF_4, model=shutil.copytree(prior.path, tmp_path / "copy").as_posix())).train()
+
+
+@ties
+def test_samples_of_other_weights_in_the_same_folder_are_not_used(make: Make, prior: Prior, tmp_path: Path) -> None:
     """The model was trained again, to the same place."""
     path = shutil.copytree(prior.path, tmp_path / "model").as_posix()
     make(target=BEST_OF_4, model=path).train()
     model = AutoModelForCausalLM.from_pretrained(path)
     model.lm_head.weight.data[0, 0] += 0.1
     model.save_pretrained(path)
-    with pytest.raises(ValueError, match="are of weights='[0-9a-f]{16}', but this run has weights='[0-9a-f]{16}'"):
-        make(target=BEST_OF_4, model=path).train()
+    with pytest.raises(AssertionError, match="a sample was drawn"):
+        draw_nothing(make(target=BEST_OF_4, model=path)).train()
 
 
-def test_fingerprint_of_weights(tmp_path: Path) -> None:
-    assert weights_fingerprint("some/model") is None
-    assert weights_fingerprint(str(tmp_path)) is None
-    (tmp_path / "model.safetensors").write_bytes(bytes(3_000_000))
-    first = weights_fingerprint(str(tmp_path))
-    assert first == weights_fingerprint(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(bytes(2_999_999) + b"1")
-    assert first != weights_fingerprint(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert weights_fingerprint(str(tmp_path)) is not None
+# --- Rewards that are kept are those of the same functions -----------------------------------------------------------
+
+
+def at_most(letters: int) -> Callable[..., list[float]]:
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        return [float(len(text.split()) <= letters) for text in completions]
+
+    return reward
+
+
+def scale(completions: list[str], factor: float, **kwargs: Any) -> list[float]:
+    return [factor * value for value in TASK.reward(completions)]
+
+
+class Times:
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
+        return scale(completions, self.factor)
+
+
+class TimesLater(Times):
+    async def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:  # type: ignore[override]
+        return scale(completions, self.factor)
+
+
+def later(factor: float) -> Callable[..., Any]:
+    async def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        return scale(completions, factor)
+
+    return reward
+
+
+REWARDS: list[tuple[Callable[[float], Any], float, float]] = [
+    (lambda number: length_between(maximum=number, called="length"), 1, 3),
+    (lambda number: at_most(int(number)), 1, 3),
+    (lambda factor: functools.partial(scale, factor=factor), 1.0, 2.0),
+    (Times, 1.0, 2.0),
+    (lambda factor: Times(factor).__call__, 1.0, 2.0),
+    (TimesLater, 1.0, 2.0),
+    (later, 1.0, 2.0),
+]
+REWARD_NAMES = ["factory", "closure", "partial", "instance", "method", "async instance", "async function"]
+
+
+def values_of(reward: Any, completions: list[str]) -> list[float]:
+    values = reward(completions=completions)
+    return asyncio.run(values) if inspect.iscoroutine(values) else values
+
+
+@pytest.mark.parametrize(("kind", "before", "after"), REWARDS, ids=REWARD_NAMES)
+def test_another_reward_of_the_same_name_scores_what_is_there(
+    kind: Callable[[float], Any], before: float, after: float, make: Make, prior: Prior
+) -> None:
+    """Nothing is drawn, and log Z is that of the new reward; each reward's own are found afterwards."""
+
+    def log_z(number: float, **refuse: Any) -> torch.Tensor:
+        config = {"partition": "prior_samples", "max_steps": 1}
+        trainer = make("f_dpg", TILT, config, reward_funcs=kind(number), callbacks=[])
+        trainer = draw_nothing(trainer, **refuse) if refuse else trainer
+        trainer.train()
+        assert trainer.partition.table is not None
+        return trainer.partition.table.lookup(torch.tensor([row_hash(row) for row in TASK.dataset(4)]))
+
+    first = log_z(before)
+    second = log_z(after, score=True)
+    expected = []
+    for rows in of_prompts(make.folder / "out" / "prior_samples", prior, TASK.prompts):
+        values = torch.tensor(values_of(kind(after), [row["text"] for row in rows]))
+        expected.append((values / 0.7).logsumexp(dim=0) - torch.tensor(30.0).log())
+    torch.testing.assert_close(second.float(), torch.stack(expected), rtol=0, atol=1e-5)
+    assert not torch.equal(first, second)
+    assert torch.equal(log_z(before, score=False), first) and torch.equal(log_z(after, score=False), second)
+
+
+def test_what_does_not_change_a_reward(make: Make) -> None:
+    """Its name, and the weights of a sum: neither is drawn nor scored again."""
+    rewards = [count_a, length]
+    make(target=BEST_OF_4, reward_funcs=rewards).train()
+    draw_nothing(make(target=BEST_OF_4, reward_funcs=[same_function_by_another_name, length])).train()
+    draw_nothing(make(target=BEST_OF_4, reward_funcs=rewards[::-1], config={"reward_weights": [0.5, 2.0]})).train()
+
+
+def test_a_reward_that_reads_a_file_is_asked_again(make: Make, tmp_path: Path) -> None:
+    """What it would say cannot be known without asking."""
+    (tmp_path / "letter.txt").write_text("a")
+    path = tmp_path / "letter.txt"
+
+    def wanted(completions: list[str], **kwargs: Any) -> list[float]:
+        letter = path.read_text()
+        return [float(text.count(letter)) for text in completions]
+
+    log_z = []
+    for letter in "ab":
+        path.write_text(letter)
+        config = {"partition": "prior_samples", "max_steps": 1}
+        trainer = make("f_dpg", TILT, config, reward_funcs=[wanted, count_a])
+        (trainer if letter == "a" else draw_nothing(trainer, score=True)).train()
+        assert trainer.partition.table is not None
+        log_z.append(trainer.partition.table.values)
+    assert not torch.equal(*log_z)
+    kept = {name for row in samples_on_disk(tmp_path / "out" / "prior_samples", "rewards") for name in row}
+    assert len(kept) == 4  # the three keys and the function that can be recognized
+
+
+def test_a_reward_model_that_was_trained_again(make: Make, tiny_models: Any, tmp_path: Path) -> None:
+    """In the same folder, and as a model in memory."""
+    path = shutil.copytree(tiny_models.reward, tmp_path / "reward").as_posix()
+    log_z = []
+    for change in (0.0, 0.5):
+        model = AutoModelForSequenceClassification.from_pretrained(path)
+        model.score.weight.data += change
+        model.save_pretrained(path)
+        for given in (path, model):
+            config = {"partition": "prior_samples", "max_steps": 1}
+            trainer = make("f_dpg", TILT, config, reward_funcs=given)
+            (trainer if not log_z else draw_nothing(trainer, score=given == path)).train()
+            assert trainer.partition.table is not None
+            log_z.append(trainer.partition.table.values)
+    assert torch.equal(log_z[0], log_z[1]) and torch.equal(log_z[2], log_z[3])
+    assert not torch.equal(log_z[1], log_z[2])
+
+
+def test_messages_are_scored_again_as_they_were_given(make: Make, tiny_models: Any) -> None:
+    """A conversation's completion is a list of messages, whoever scores it."""
+    seen: dict[str, list[Any]] = {"first": [], "second": []}
+
+    def looks(name: str) -> Callable[..., list[float]]:
+        def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+            seen[name] += [(p[0]["content"], c) for p, c in zip(prompts, completions, strict=True)]
+            return [float(len(completion[0]["content"])) + (name == "second") for completion in completions]
+
+        return reward
+
+    chat = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in ("a", "b")] * 4})
+    for name in seen:
+        arguments = {"model": tiny_models.policy, "train_dataset": chat, "reward_funcs": looks(name)}
+        trainer = make("kl_rl", BEST_OF_4, {"max_steps": 1, "num_prior_samples": 16}, **arguments)
+        (trainer if name == "first" else draw_nothing(trainer, score=True)).train()
+    drawn, scored = (sorted(map(repr, seen[name][:32])) for name in seen)
+    assert drawn == scored and "'role': 'assistant'" in drawn[0]
+
+
+# --- What is learned across prompts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluation", [None, ["c d", "e e"]])
+def test_moments_are_those_of_the_training_data(evaluation: list[str] | None, make: Make, prior: Prior) -> None:
+    """
+    Whatever is evaluated on, and with each prompt as often as it occurs.
+
+    Here on the samples themselves: "a" occurs three times, "b" once, so mu = (3 mu_a + mu_b) / 4.
+    """
+    arguments: dict[str, Any] = {"train_dataset": Dataset.from_dict({"prompt": ["a", "b", "a", "a"] * 2})}
+    if evaluation is not None:
+        arguments["eval_dataset"] = Dataset.from_dict({"prompt": evaluation})
+    config = {"num_prior_samples": 200, "max_steps": 1}
+    trainer = make("dpg", {"name": "moments", "mu": {"has_a": 0.5}}, config, reward_funcs=has_a, **arguments)
+    trainer.train()
+    assert trainer.target.diagnostics()["moments/has_a"] == pytest.approx(0.5, abs=1e-6)
+    achieved = []
+    for rows in of_prompts(make.folder / "out" / "prior_samples", prior, ["a", "b"]):
+        rewards = torch.tensor([[float("a" in row["text"])] for row in rows])
+        weights = trainer.target(rewards).softmax(dim=0)
+        achieved.append((weights @ rewards[:, 0]).item())
+    assert (3 * achieved[0] + achieved[1]) / 4 == pytest.approx(0.5, abs=1e-5)
+    assert abs(achieved[0] - achieved[1]) > 0.01  # so that the multiplicity is seen
+
+
+def has_a(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float("a" in text) for text in completions]
+
+
+@from_trl
+@pytest.mark.parametrize(
+    ("target", "config", "message"),
+    [
+        (
+            {"name": "calibrated", "transform": "best_of_n", "n": 64},
+            {},
+            "30 samples of the prior .* 1.4 nats .* to 177",
+        ),
+        (
+            {"name": "product", "factors": [{"name": "calibrated", "transform": "best_of_n", "n": 64}]},
+            {"num_prior_samples": 176},
+            "176 samples of the prior .* to 177",
+        ),
+    ],
+)
+def test_too_few_samples_are_said_before_any_is_drawn(
+    target: dict[str, Any], config: dict[str, Any], message: str, make: Make, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=message):
+        make(target=target, config=config)
+    assert not (tmp_path / "out" / "prior_samples").exists()
+    make(target=target, config={"num_prior_samples": 177})
 
 
 def test_policy_that_is_not_the_prior_is_refused(make: Make, prior: Prior) -> None:
@@ -450,12 +693,12 @@ def test_without_its_state_a_checkpoint_needs_the_samples(make: Make, tmp_path: 
         found.train(resume_from_checkpoint=str(checkpoint))
     assert_same(weights(found), weights(whole))
 
-    next((tmp_path / "out" / "prior_samples").glob("samples-*.parquet")).unlink()
+    next((tmp_path / "out" / "prior_samples").rglob("samples-*.parquet")).unlink()
     (checkpoint / "posterior_state_0.pt").unlink(missing_ok=True)
     lost = draw_nothing(make("f_dpg", TILT, settings, train_dataset=FOUR_STEPS))
     with (
         pytest.warns(UserWarning, match=r"posterior_state_0\.pt is missing"),
-        pytest.raises(ValueError, match="are missing in .*prior_samples, and the policy has been trained since: star"),
+        pytest.raises(ValueError, match="are missing in .*prior_samples.*, and the policy has been trained since"),
     ):
         lost.train(resume_from_checkpoint=str(checkpoint))
 
@@ -494,17 +737,14 @@ def test_kill_9_while_sampling_and_restart(prior: Prior, tmp_path: Path) -> None
             drawn += line.startswith("drawing")
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    kept = samples_on_disk(folder)
+    kept = {(row["prompt_key"], row["number"]): row for row in samples_on_disk(folder)}
     assert len(kept) == 7 * 16
     output = subprocess.run([*command, "0"], stdout=subprocess.PIPE, text=True, env=environment, check=True).stdout
     assert output.count("drawing") == (400 - len(kept)) // 16
     assert "trained 2" in output
-    rows = samples_on_disk(folder)
-    assert [row["sample"] for row in rows] == list(range(400))
-    assert {row["sample"]: row for row in rows} | {row["sample"]: row for row in kept} == {
-        row["sample"]: row for row in rows
-    }
-    assert_scored_right(rows, prior, list(TASK.prompts), 100)
+    rows = {(row["prompt_key"], row["number"]): row for row in samples_on_disk(folder)}
+    assert rows | kept == rows
+    assert_scored_right(folder, prior, TASK.prompts, 100)
 
 
 # --- Evaluation, adapters, replay ------------------------------------------------------------------------------------
@@ -555,7 +795,7 @@ def test_evaluation_on_prompts_that_were_not_sampled_is_refused(make: Make) -> N
 def test_new_adapter_samples_the_base_model(make: Make, prior: Prior, tmp_path: Path) -> None:
     trainer = make("kl_rl", BEST_OF_4, {"partition": "known"}, peft_config=lora())
     trainer.train()
-    assert_scored_right(samples_on_disk(tmp_path / "out" / "prior_samples"), prior, list(TASK.prompts), 30)
+    assert_scored_right(tmp_path / "out" / "prior_samples", prior, TASK.prompts, 30)
 
 
 def test_adapter_that_does_not_begin_at_zero_is_refused(make: Make) -> None:

@@ -217,11 +217,10 @@ def train(
 
 def _distance(policy: PreTrainedModel, posterior: Posterior) -> Callable[[], Estimate]:
     """`KL(p||pi)` of the policy as it is when asked."""
-    exact = posterior.exact
 
     def distance() -> Estimate:
-        log_policy = log_probs(policy, exact, posterior.prior.settings)
-        return forward_kl(exact.log_prior + exact.phi, log_policy, exact.prompt_index, posterior.z)
+        log_policy = log_probs(policy, posterior.points, posterior.prior.settings)
+        return forward_kl(posterior.samples(log_policy), posterior.z)
 
     return distance
 

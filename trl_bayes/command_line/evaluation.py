@@ -189,8 +189,10 @@ def draw_reference(job: Job) -> PriorReference:
         study.prompts,
         study.rewards,
         args.num_reference_samples,
-        study.settings,
+        study.settings_of_prior,
         study.columns,
+        folder=study.prior_samples_dir,
+        prior_name=study.prior_path,
     )
 
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
@@ -34,6 +35,7 @@ _STUDIED = (
     "chat_template_kwargs",
     "model_init_kwargs",
     "trust_remote_code",
+    "prior_samples_dir",
 )
 """Fields of a trainer's configuration that define prior, posterior and prompts: flags of a study too."""
 
@@ -193,7 +195,7 @@ def read_study(
     if launcher_flags:
         raise ValueError(f"`{launcher_flags[0]}` is for training in several processes: leave it out, this is one.")
     own, studied, model, mixture = _objects(parser, own_args)
-    values = _values_of_recipe(config_class, recipe, str(file)) | vars(studied)
+    values = _values_of_recipe(config_class, recipe, str(file)) | vars(studied) | _kept_samples(recipe, studied)
     return own, Arguments(own, _training_config(config_class, values), model, mixture)
 
 
@@ -257,6 +259,13 @@ def _values_of_recipe(config_class: type[PosteriorConfig], recipe: Mapping[str, 
     values = RecipeParser([config_class]).values(recipe, source)
     of_trl = GRPOConfig.__dataclass_fields__.keys() - PosteriorConfig.__annotations__.keys()
     return {name: value for name, value in values.items() if name in _STUDIED_IN_RECIPES or name not in of_trl}
+
+
+def _kept_samples(recipe: Mapping[str, Any], studied: Any) -> dict[str, Any]:
+    """Where the training of a recipe has kept samples of the prior, and the seed by which they are known."""
+    kept = Path(str(recipe.get("output_dir", ""))).expanduser() / "prior_samples"
+    found = studied.prior_samples_dir or (str(kept) if "output_dir" in recipe and kept.is_dir() else None)
+    return {"prior_samples_dir": found, **({"seed": recipe["seed"]} if "seed" in recipe else {})}
 
 
 def _training_config(config_class: type[PosteriorConfig], values: dict[str, Any]) -> PosteriorConfig:

@@ -153,6 +153,9 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
         proposal=None if proposal_name is None else load_model(proposal_name, arguments, args.device),
         reward_weights=study.reward_weights,
         num_prior_samples=args.num_prior_samples,
+        prior_samples_dir=study.prior_samples_dir,
+        prior_name=study.prior_path,
+        prior_seed=study.settings_of_prior.seed,
     )
     settings = {
         "prior": study.named,

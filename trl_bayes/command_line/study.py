@@ -1,6 +1,7 @@
 """What `sample` and `evaluate` share: a posterior, written as for training and loaded without a trainer."""
 
 import sys
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +32,9 @@ class Study(NamedTuple):
     rows: list[dict[str, Any]]
     num_rows: int | None  # of the data, of which `rows` may be the beginning
     settings: SamplingSettings  # how completions are drawn, of all models
+    prior_path: str
+    prior_samples_dir: str | None  # that of a training, with what it has kept
+    training_seed: int  # by which kept samples are known
 
     @property
     def prompts(self) -> list[Any]:
@@ -42,6 +46,11 @@ class Study(NamedTuple):
         """What reward functions are given besides."""
         names = [name for name in self.rows[0] if name not in NOT_PASSED_ON]
         return {name: [row[name] for row in self.rows] for name in names}
+
+    @property
+    def settings_of_prior(self) -> SamplingSettings:
+        """How the prior is sampled: where samples are kept, as training does."""
+        return self.settings if self.prior_samples_dir is None else replace(self.settings, seed=self.training_seed)
 
 
 def load_study(args: StudyArguments, arguments: Arguments) -> Study:
@@ -73,15 +82,28 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     rewards = load_reward_models(rewards, arguments, choose_device(args.device, training))
     named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
     drawn = _sampling_settings(args, training)
-    study = Study(named, prior, tokenizer, rewards, names, target, weights, rows, num_rows, drawn)
     check_prompts(
-        study.prompts,
+        [row["prompt"] for row in rows],
         tokenizer,
         prior,
         max_completion_length=drawn.max_new_tokens,
         chat_template_kwargs=drawn.chat_template_kwargs,
     )
-    return study
+    return Study(
+        named,
+        prior,
+        tokenizer,
+        rewards,
+        names,
+        target,
+        weights,
+        rows,
+        num_rows,
+        drawn,
+        name,
+        training.prior_samples_dir,
+        training.seed,
+    )
 
 
 def _sampling_settings(args: StudyArguments, training: PosteriorConfig) -> SamplingSettings:

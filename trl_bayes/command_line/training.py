@@ -18,7 +18,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ..language_models.adapters import base_of_adapter
 from ..language_models.prompts import check_prompts
-from ..prior.samples import PriorSamplesError
+from ..prior import PriorSamplesError
 from ..targets import build_target
 from ..trainers.posterior_config import PosteriorConfig
 from ..trainers.posterior_trainer import PosteriorTrainer
@@ -118,7 +118,7 @@ def _check_posterior_state(checkpoint: Path, trainer_class: type[PosteriorTraine
     if not file.is_file():
         return
     state = torch.load(file, weights_only=True)
-    target = build_target(args.target, args.beta)
+    target = build_target(args.target, args.beta or None)
     for key, ours in (("trainer", trainer_class.__name__), ("target_settings", repr(target))):
         if state[key] != ours:
             raise ValueError(

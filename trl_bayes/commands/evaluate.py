@@ -18,6 +18,7 @@ from ..command_line.evaluation import (
 from ..command_line.recipe import read_study
 from ..command_line.refusals import one_sentence
 from ..evaluation.files import write_evaluation
+from ..prior import PriorSamplesError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         job = prepare(args, arguments)
     start = time.perf_counter()
-    reference = draw_reference(job)  # an error in a reward function keeps its traceback
+    with one_sentence("trl-bayes evaluate", (PriorSamplesError,)):  # an error in a reward function keeps its traceback
+        reference = draw_reference(job)
     with one_sentence("trl-bayes evaluate", (ValueError,)):  # what turns out only from samples of the prior
         posterior = make_posterior(job, reference)
     report = measure(job, posterior)

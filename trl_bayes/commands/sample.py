@@ -8,6 +8,7 @@ from rich.console import Console
 from ..command_line.recipe import read_study
 from ..command_line.refusals import one_sentence
 from ..command_line.sampling import DATA, DIAGNOSTICS, SampleArguments, draw, prepare, table, trade_off_table, write
+from ..prior import PriorSamplesError
 from ..samplers import SamplingError
 from ..targets import LogPotentialError
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         job = prepare(args, arguments)
     with one_sentence(
-        "trl-bayes sample", (SamplingError, LogPotentialError)
+        "trl-bayes sample", (SamplingError, LogPotentialError, PriorSamplesError)
     ):  # an error in a reward function keeps its traceback
         draws = draw(job)
     write(job, draws)

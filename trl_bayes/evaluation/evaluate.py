@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,19 +19,16 @@ from ..language_models.generation import model_stop_ids
 from ..language_models.samples import sample, score
 from ..language_models.scoring import log_probs
 from ..rewards.calling import RewardFunction
-from ..statistics.estimate import Estimate, join_notes, mean_of_each, stratified_mean
+from ..statistics.estimate import Estimate, average, join_notes, stratified_mean
 from ..targets.base import weighted_sum
 from .distances import (
     forward_kl,
     mass_outside,
-    minus_log_z,
+    posterior_means,
     reverse_kl,
     reverse_kl_inside,
     total_variation,
-    weighted_average,
-    weighted_forward_kl,
-    weighted_means,
-    weighted_total_variation,
+    trust_in_posterior,
 )
 from .diversity import diversity_estimates
 from .pass_at_k import pass_at_k_estimates
@@ -140,56 +138,50 @@ def measure(
     All estimates of a policy from scored samples, without any model.
 
     Args:
-        posterior ([`Posterior`]): from [`condition`].
+        posterior ([`Posterior`]): from [`~trl_bayes.evaluation.posterior.condition`].
         completions ([`~trl_bayes.language_models.completions.Completions`]): samples of the policy, with `log_policy`,
-            `log_prior` and `rewards`.
+            `log_prior` and `rewards`, independent of those of the prior.
         log_policy_at_posterior (`torch.Tensor`): (M,) log pi at the posterior's `points`.
         name, diversity: as in [`evaluate`].
     """
+    completions, note = _with_log_potential(posterior, completions)
     z, num_prompts = posterior.z, posterior.prior.num_prompts
-    phi = posterior.log_potential(completions)  # (N,)
-    known = ~phi.isnan()
-    index = completions.prompt_index
-    at_policy = (completions.log_policy[known], completions.log_prior[known], phi[known], index[known])
+    known = completions.select(torch.nonzero(~completions.phi.isnan()).squeeze(1))
+    samples, policy = posterior.samples(log_policy_at_posterior), posterior.policy_samples(known)
     metrics = {
-        **_rewards(posterior, completions.rewards, index),
-        "kl_prior": stratified_mean(completions.log_policy - completions.log_prior, index, num_prompts),
-        **_distances_over_posterior(posterior, log_policy_at_posterior),
-        "reverse_kl": reverse_kl(*at_policy, z),
-        "entropy": stratified_mean(-completions.log_policy, index, num_prompts),
+        **_of_samples(posterior, completions),
+        "forward_kl": forward_kl(samples, z, policy),
+        "total_variation": total_variation(samples, z, policy),
+        "reverse_kl": reverse_kl(policy, z, samples),
         "log_z": z.average(),
-        **pass_at_k_estimates(
-            completions.rewards, posterior.prior.reward_names, index, num_prompts, posterior.pass_at
-        ),
     }
     if posterior.target.hard:
         if math.isfinite(metrics["reverse_kl"].value):
             unseen = "no sample outside the posterior's support; infinite if there is any mass"
             metrics["reverse_kl"] = metrics["reverse_kl"]._replace(note=join_notes(metrics["reverse_kl"].note, unseen))
-        metrics["reverse_kl_inside"] = reverse_kl_inside(*at_policy, z)
-        metrics["mass_outside"] = mass_outside(phi[known], index[known], num_prompts)
-    unscored = int((~known).sum())
-    return _evaluation(
-        name,
-        metrics,
-        posterior,
-        completions,
-        diversity,
-        f"{unscored:,} samples have no reward and are left out where evidence counts" if unscored else "",
-    )
+        metrics["reverse_kl_inside"] = reverse_kl_inside(policy, z, samples)
+        metrics["mass_outside"] = mass_outside(known.phi, known.prompt_index, num_prompts)
+    return _evaluation(name, metrics, posterior, completions, diversity, note)
 
 
-def _distances_over_posterior(posterior: Posterior, at_points: Tensor) -> dict[str, Estimate]:
-    """The distances that are averages over the posterior, from log pi at its points (M,)."""
-    if posterior.method == "importance":
-        weighted = posterior.weighted(at_points)
-        return {
-            "forward_kl": weighted_forward_kl(*weighted),
-            "total_variation": weighted_total_variation(*weighted),
-        }
-    exact, z = posterior.exact, posterior.z
-    arguments = (exact.log_prior + posterior.exact.phi, at_points, exact.prompt_index, z)
-    return {"forward_kl": forward_kl(*arguments), "total_variation": total_variation(*arguments)}
+def _with_log_potential(posterior: Posterior, completions: Completions) -> tuple[Completions, str]:
+    """The completions with phi, and a note where some have no reward."""
+    phi = posterior.log_potential(completions)
+    unscored = int(phi.isnan().sum())
+    note = f"{unscored:,} samples have no reward and are left out where evidence counts" if unscored else ""
+    return completions.with_known(phi=phi), note
+
+
+def _of_samples(posterior: Posterior, completions: Completions) -> dict[str, Estimate]:
+    """What a policy's samples alone tell: rewards, pass@k, divergence from the prior and entropy."""
+    index, num_prompts = completions.prompt_index, posterior.prior.num_prompts
+    names = posterior.prior.reward_names
+    return {
+        **_rewards(posterior, completions.rewards, index),
+        "kl_prior": stratified_mean(completions.log_policy - completions.log_prior, index, num_prompts),
+        "entropy": stratified_mean(-completions.log_policy, index, num_prompts),
+        **pass_at_k_estimates(completions.rewards, names, index, num_prompts, posterior.pass_at),
+    }
 
 
 def _evaluation(
@@ -219,12 +211,17 @@ def evaluate_prior(posterior: Posterior, *, name: str = "prior", diversity: bool
 
     Its samples gave log Z too, so only what does not need both to be independent is reported: not `reverse_kl`.
     """
-    evaluation = measure(
-        posterior, posterior.prior.completions, posterior.points.log_prior, name=name, diversity=diversity
-    )
-    for metric in ("reverse_kl", "reverse_kl_inside"):
-        evaluation.metrics.pop(metric, None)
-    return evaluation
+    completions, note = _with_log_potential(posterior, posterior.prior.completions)
+    samples, z = posterior.samples(posterior.points.log_prior), posterior.z
+    metrics = {
+        **_of_samples(posterior, completions),
+        "forward_kl": forward_kl(samples, z),
+        "total_variation": total_variation(samples, z),
+        "log_z": z.average(),
+    }
+    if posterior.target.hard:
+        metrics["mass_outside"] = mass_outside(completions.phi, completions.prompt_index, posterior.prior.num_prompts)
+    return _evaluation(name, metrics, posterior, completions, diversity, note)
 
 
 def evaluate_posterior(posterior: Posterior, *, name: str = "posterior", diversity: bool = True) -> Evaluation:
@@ -232,11 +229,11 @@ def evaluate_posterior(posterior: Posterior, *, name: str = "posterior", diversi
 
         H(p) = -E_p[log pi_0 + phi] + log Z,      KL(p||pi_0) = E_p[phi] - log Z
 
-    Standard errors as in [`forward_kl`]; the distances to itself are zero by definition.
+    The distances to itself are zero by definition.
     """
     itself = Estimate(0.0, 0.0, note="by definition")
     metrics = {
-        **(_weighted_row(posterior) if posterior.method == "importance" else _exact_row(posterior)),
+        **_posterior_row(posterior),
         "forward_kl": itself,
         "reverse_kl": itself,
         "total_variation": itself,
@@ -252,33 +249,32 @@ def evaluate_posterior(posterior: Posterior, *, name: str = "posterior", diversi
     return evaluation
 
 
-def _exact_row(posterior: Posterior) -> dict[str, Estimate]:
-    """The posterior's rewards, divergence from the prior, entropy and pass@k, from its exact samples."""
-    z, num_prompts, exact = posterior.z, posterior.prior.num_prompts, posterior.exact
-    names, index = posterior.prior.reward_names, exact.prompt_index
-    information = minus_log_z(mean_of_each(exact.log_prior + posterior.exact.phi, index, num_prompts), z)
-    return {
-        **_rewards(posterior, exact.rewards, index),
-        "kl_prior": minus_log_z(mean_of_each(posterior.exact.phi, index, num_prompts), z),
-        "entropy": information._replace(value=-information.value),
-        **pass_at_k_estimates(exact.rewards, names, index, num_prompts, posterior.pass_at),
-    }
+def _posterior_row(posterior: Posterior) -> dict[str, Estimate]:
+    """The posterior's rewards, divergence from the prior and entropy, and pass@k from its exact samples.
 
-
-def _weighted_row(posterior: Posterior) -> dict[str, Estimate]:
-    """The same by importance sampling, but for pass@k, which has no unbiased estimate from weighted samples."""
-    prior, phi, z = posterior.prior.completions, posterior.phi, posterior.z
-    index = prior.prompt_index
-    columns = _reward_columns(posterior.prior.reward_names, posterior.reward_weights, prior.rewards)
+    pass@k has no unbiased estimate from weighted samples.
+    """
+    drawn, z, num_prompts = posterior.prior.completions, posterior.z, posterior.prior.num_prompts
+    samples = posterior.samples(posterior.points.log_prior)
+    trusted, note = trust_in_posterior(samples, z)
 
     def minus_log_z(values: Tensor) -> Estimate:
-        return weighted_average(weighted_means(values, phi, index, z, -1.0), z, minus_log_z=True)
+        means = posterior_means(values, samples, num_prompts, log_z_coefficient=-1.0)
+        return average(means.mean - z.log_z, means.variance, trusted, note)
 
-    information = minus_log_z(prior.log_prior + phi)
+    information = minus_log_z(drawn.log_prior + drawn.phi)
+    row = {"kl_prior": minus_log_z(drawn.phi), "entropy": information._replace(value=-information.value)}
+    if posterior.method == "importance":
+        columns = _reward_columns(posterior.prior.reward_names, posterior.reward_weights, drawn.rewards)
+        for name, column in columns.items():
+            means = posterior_means(column, samples, num_prompts)
+            row[name] = average(means.mean, means.variance, trusted, note)
+        return row
+    exact, names = posterior.exact, posterior.prior.reward_names
     return {
-        **{name: weighted_average(weighted_means(column, phi, index, z), z) for name, column in columns.items()},
-        "kl_prior": minus_log_z(phi),
-        "entropy": information._replace(value=-information.value),
+        **_rewards(posterior, exact.rewards, exact.prompt_index),
+        **row,
+        **pass_at_k_estimates(exact.rewards, names, exact.prompt_index, num_prompts, posterior.pass_at),
     }
 
 

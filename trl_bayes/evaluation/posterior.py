@@ -8,6 +8,7 @@ for every policy.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy
@@ -19,6 +20,7 @@ from ..prior.reference import PriorReference
 from ..statistics.estimate import MIN_EFFECTIVE_SAMPLES, join_notes
 from ..statistics.log_z import LogZPerPrompt, check_log_weights, log_z_per_prompt
 from ..targets import Context, Target
+from .distances import PolicySamples, PosteriorSamples
 
 
 PosteriorMethod = Literal["rejection", "importance"]
@@ -34,8 +36,7 @@ class Posterior:
             that no reward function scored.
         target ([`~trl_bayes.targets.Target`]): what they are conditioned on.
         z ([`~trl_bayes.statistics.log_z.LogZPerPrompt`]): log Z of each prompt.
-        exact ([`~trl_bayes.language_models.completions.Completions`]): M exact samples of the posterior, by rejection.
-            They are approximate where `method` is `"importance"`: rejection with the largest evidence that was seen.
+        accepted (`torch.Tensor`): (M,) which of the N samples are exact ones of the posterior, by rejection.
         method (`str`): how averages over the posterior are taken: `"rejection"`, over `exact`, or `"importance"`, over
             the weighted samples of the prior.
         prompt_keys (`torch.Tensor`): (P,) by which the target knows the prompts.
@@ -49,7 +50,7 @@ class Posterior:
     prior: PriorReference
     target: Target
     z: LogZPerPrompt
-    exact: Completions
+    accepted: Tensor
     method: PosteriorMethod
     prompt_keys: Tensor
     diversity_per_prompt: Tensor
@@ -62,23 +63,46 @@ class Posterior:
         """Log-potential (N,) of the samples of the prior."""
         return self.prior.completions.phi
 
-    @property
+    @cached_property
+    def exact(self) -> Completions:
+        """
+        The M exact samples of the posterior.
+
+        They are approximate where `method` is `"importance"`: of rejection with the largest evidence that was seen.
+        """
+        return self.prior.completions.select(self.accepted)
+
+    @cached_property
     def points(self) -> Completions:
         """The samples at which a policy must be scored: the exact ones, or those of the prior that have a weight."""
-        if self.method == "rejection":
-            return self.exact
-        return self.prior.completions.select(torch.nonzero(~self.phi.isneginf()).squeeze(1))
+        return self.prior.completions.select(self._places())
+
+    def _places(self) -> Tensor:
+        return self.accepted if self.method == "rejection" else torch.nonzero(~self.phi.isneginf()).squeeze(1)
 
     def log_potential(self, completions: Completions) -> Tensor:
         """phi (N,) float64 of other completions of the same prompts."""
         return _log_potential(self.target, completions, self.prompt_keys)
 
-    def weighted(self, at_points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, LogZPerPrompt]:
-        """What the weighted estimates take, from `log pi` at the points (M,): prior, policy, phi, index, log Z."""
-        log_policy = torch.full_like(self.phi, -torch.inf)
-        log_policy[~self.phi.isneginf()] = at_points
-        drawn = self.prior.completions
-        return drawn.log_prior, log_policy, self.phi, drawn.prompt_index, self.z
+    def samples(self, log_policy: Tensor) -> PosteriorSamples:
+        """The samples of the prior as those of the posterior, with `log pi` (M,) at its [`~Posterior.points`]."""
+        drawn, places = self.prior.completions, self._places()
+        weights = (drawn.phi - self.z.log_z[drawn.prompt_index]).exp()
+        log_ratio, shares = torch.zeros_like(weights), weights
+        log_ratio[places] = log_policy - self._log_posterior(drawn.log_prior, drawn.phi, drawn.prompt_index)[places]
+        if self.method == "rejection":
+            shares = torch.zeros_like(weights)
+            shares[places] = 1.0
+        return PosteriorSamples(log_ratio, shares, weights, drawn.prompt_index)
+
+    def policy_samples(self, completions: Completions) -> PolicySamples:
+        """Samples of a policy with their log-ratio to the posterior; `phi` is known, and not NaN."""
+        index = completions.prompt_index
+        log_posterior = self._log_posterior(completions.log_prior, completions.phi, index)
+        return PolicySamples(completions.log_policy - log_posterior, index)
+
+    def _log_posterior(self, log_prior: Tensor, phi: Tensor, prompt_index: Tensor) -> Tensor:
+        return log_prior + phi - self.z.log_z[prompt_index]
 
 
 def condition(
@@ -134,17 +158,17 @@ def condition(
             "the largest evidence is not known: the posterior's diversity is of rejection with the largest seen"
         )
     accepted = rejection(drawn.phi, max_log_potential, seed) if max_log_potential > -math.inf else torch.arange(0)
-    exact = drawn.select(accepted)
     if max_per_prompt is not None:
-        exact = exact.first_of_each_prompt(torch.full((prior.num_prompts,), max_per_prompt))
+        limits = torch.full((prior.num_prompts,), max_per_prompt)
+        accepted = accepted[drawn.select(accepted).indices_of_first(limits)]
     return Posterior(
         prior,
         target,
         z,
-        exact,
+        accepted,
         method,
         keys,
-        _diversity_per_prompt(exact, diversity_per_prompt),
+        _diversity_per_prompt(drawn.select(accepted), diversity_per_prompt),
         tuple(pass_at),
         join_notes(*notes),
         reward_weights,

@@ -147,12 +147,16 @@ class Completions:
 
     def first_of_each_prompt(self, limits: Tensor) -> "Completions":
         """The first `limits[p]` (P,) of each prompt p, in the order in which they are."""
+        return self.select(self.indices_of_first(limits))
+
+    def indices_of_first(self, limits: Tensor) -> Tensor:
+        """Which completions [`~Completions.first_of_each_prompt`] takes, (M,) ascending."""
         order = self.prompt_index.argsort(stable=True)
         number = self.number_per_prompt()
         first = number.cumsum(dim=0) - number  # (P,) where each prompt begins in the sorted order
         rank = torch.empty_like(self.prompt_index)
         rank[order] = torch.arange(len(self)) - first[self.prompt_index[order]]
-        return self.select(torch.nonzero(rank < limits[self.prompt_index]).squeeze(1))
+        return torch.nonzero(rank < limits[self.prompt_index]).squeeze(1)
 
     def where(self, keep: Tensor, other: "Completions") -> "Completions":
         """These completions where `keep` (N,) is True, and the other's elsewhere."""

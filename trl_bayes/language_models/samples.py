@@ -1,5 +1,6 @@
 """Samples of a language model, and their rewards."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,8 @@ def score(
         columns (`dict`, *optional*): further columns of the dataset, with one entry per prompt.
 
     Returns:
-        `torch.Tensor`: (N, K) float64; NaN where a function returned `None`, NaN or, as in training, infinity.
+        `torch.Tensor`: (N, K) float64, rounded to single precision as in training; NaN where a function returned
+            `None`, NaN or infinity.
 
     Raises:
         ValueError: a column without an entry for each prompt, or a function that returns another number of rewards.
@@ -87,10 +89,11 @@ def score(
     index = samples.prompt_index.tolist()
     prompts = [samples.prompts[i] for i in index]
     prompt_ids = [samples.prompt_ids[i] for i in index]
-    return call_rewards(
+    rewards = call_rewards(
         reward_funcs,
         prompts,
         as_rewards_see_them(tokenizer, prompts, prompt_ids, samples.completion_ids),
         samples.completion_ids,
         {name: [column[i] for i in index] for name, column in (columns or {}).items()},
-    )
+    ).float()
+    return rewards.masked_fill(rewards.isinf(), math.nan).double()  # some are too large for single precision

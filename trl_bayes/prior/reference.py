@@ -1,5 +1,6 @@
 """Samples of the prior with their rewards: drawn and scored once, for every target, sampler and policy."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from ..language_models.samples import sample, score
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
 from ..rewards.calling import RewardFunction, reward_names
+from .drawing import PriorKeeper
 from .scores import PriorScores
 
 
@@ -62,21 +64,34 @@ def draw_prior(
     num_per_prompt: int,
     settings: SamplingSettings,
     columns: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    prior_name: str | None = None,
 ) -> PriorReference:
     """
-    Samples the prior and scores the samples.
+    Samples the prior and scores the samples; keeps them in a folder and finds them there, if one is given.
 
     Arguments and errors are those of [`~trl_bayes.language_models.samples.sample`], and:
 
     Args:
         reward_funcs (`list`): see [`~trl_bayes.language_models.samples.score`].
         columns (`dict`, *optional*): further columns for them, an entry per prompt.
+        folder (`str` or `Path`, *optional*): a training's `prior_samples_dir`, or any other; see
+            [`~trl_bayes.prior.drawing.PriorKeeper`].
+        prior_name (`str`, *optional*): folder or id that the prior was loaded from, by which samples are found.
+
+    Raises:
+        PriorSamplesError: samples in the folder cannot be used, or are not of this model.
     """
     names = reward_names(reward_funcs)
     settings = with_stop_ids(settings, prior, tokenizer)
-    drawn = sample(prior, tokenizer, prompts, num_per_prompt, settings)
-    log_prior = log_probs(prior, drawn, settings)
     further = dict(columns or {})
-    rewards = score(reward_funcs, drawn, tokenizer, further)
-    completions = drawn.with_known(log_policy=log_prior, log_prior=log_prior, rewards=rewards)
+    if folder is not None:
+        keeper = PriorKeeper(prior, tokenizer, list(prompts), reward_funcs, settings, further, prior_name)
+        completions = keeper.collect(folder, num_per_prompt)
+    else:
+        drawn = sample(prior, tokenizer, prompts, num_per_prompt, settings)
+        rewards = score(reward_funcs, drawn, tokenizer, further)
+        completions = drawn.with_known(log_prior=log_probs(prior, drawn, settings), rewards=rewards)
+    completions = completions.with_known(log_policy=completions.log_prior)
     return PriorReference(completions, names, settings, further)

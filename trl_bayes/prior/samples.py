@@ -1,85 +1,84 @@
-"""Samples of the prior, drawn once, scored once and kept on disk."""
+"""Samples of the prior, drawn once and kept on disk, with the rewards of whatever functions have scored them."""
 
-import hashlib
-import json
 import math
 import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import numpy
 import torch
 from tqdm import tqdm
 
+from .identity import DrawIdentity, stable_hash
 from .scores import PriorScores
+from .store import KeptCompletions, SampleIndex, SampleStore
 
 
 Row = TypeVar("Row")
-
-_SCHEMA = pa.schema(
-    [
-        ("sample", pa.int64()),  # prompt's place * num_samples + number of the sample
-        ("prompt_key", pa.int64()),
-        ("completion_ids", pa.list_(pa.int64())),
-        ("text", pa.string()),
-        ("log_prior", pa.float64()),
-        ("rewards", pa.list_(pa.float64())),
-    ]
-)
-_SETTINGS_FILE = "settings.json"
-
-
-class PriorSamplesError(ValueError):
-    """Samples of the prior that are not those of this run, or that a target cannot be fitted to."""
 
 
 class Draw(NamedTuple):
     """`B` completions that a draw returns, one for each row that it was given, in their order."""
 
-    completion_ids: Sequence[Sequence[int]]
-    """Their tokens, the terminal EOS included."""
-    log_prior: torch.Tensor
-    """`log pi_0(y|x)` of shape `(B,)`, in nats, at the sampling temperature."""
+    completions: KeptCompletions
     rewards: torch.Tensor
-    """Rewards `(B, K)`; `NaN` where a reward function does not apply."""
-    texts: Sequence[str] | None = None
-    """Their texts, for whoever reads the files."""
+    """Rewards, `NaN` where a function does not apply: of the rows of all processes, in their order, `(W * B, K)`."""
+
+
+class Work(NamedTuple):
+    """Whose share of the work it is, where several processes draw and score together."""
+
+    process_index: int = 0
+    num_processes: int = 1
+    wait_for_everyone: Callable[[], None] = lambda: None
+    """A barrier, such as `accelerator.wait_for_everyone`."""
+    progress: bool = True
+    """Whether process 0 shows a progress bar."""
 
 
 class PriorSamples:
     """
-    `num_samples` completions of the prior for each prompt, with their rewards, in a folder of Parquet files.
+    `num_samples` completions of the prior for each row of the data, with their rewards, in a folder of Parquet files.
 
-    What targets learn from ([`~PriorSamples.scores`]) and what log Z is estimated from. Each finished chunk is a file
-    that appears at once and whole, so a run that is killed loses only the chunks that it was working on, and the next
-    one draws what is missing ([`~PriorSamples.missing`]), whatever its number of processes. What a chunk contains
-    depends on the seed and its first sample alone, so a restarted run does not repeat random numbers.
+    What targets learn from ([`~PriorSamples.scores`]) and what log Z is estimated from. The folder keeps draws of any
+    kind beside each other, each in a folder of its own by its [`DrawIdentity`]: a run finds what was drawn with the
+    same model, temperature, limit, stop tokens and seed, whoever drew it, and draws only what is missing, for new
+    prompts or because more samples are asked for. Rewards are known by what their functions are
+    ([`~trl_bayes.prior.callable_fingerprint`]): for other functions the kept completions are scored again.
 
-    `settings.json` in the folder says what the samples are of. They are used again when it says the same, and refused
-    when it does not.
+    Each finished chunk is a file that appears at once and whole, so a run that is killed loses only the chunks that it
+    was working on, and the next one draws what is missing ([`~PriorSamples.missing`]), whatever its number of
+    processes. What a chunk contains depends on the seed and its first sample alone, so a restarted run does not repeat
+    random numbers.
+
+    Rows with the same prompt take different samples of it. Samples have an index: a row's place times `num_samples`
+    plus the number of the sample.
 
     Args:
         folder (`str` or `Path`): where to keep them; made if it is not there. All processes must see it.
-        settings (`dict[str, Any]`):
-            What the samples depend on: model, reward names, temperature, `max_completion_length`, seed. Anything that
-            JSON can hold. `seed` is used for drawing. The prompts and `num_samples` are added.
-        prompt_keys (`torch.Tensor`): identity of each prompt, int64 of shape `(P,)`, all different.
-        num_samples (`int`, *optional*, defaults to `100`): completions per prompt, at least 2.
+        identity ([`DrawIdentity`]): what is drawn.
+        prompt_keys (`torch.Tensor`): identity of each row's prompt ([`prompt_key`]), int64 of shape `(R,)`.
+        row_keys (`torch.Tensor`, *optional*): identity of each row for the rewards ([`row_key`]), int64 of shape
+            `(R,)`. Defaults to that of the prompt.
+        rewards (`Sequence[str | None]`): fingerprint of each of the `K` reward functions; `None` for one that cannot
+            be recognized, which scores all samples in each run.
+        num_samples (`int`, *optional*, defaults to `100`): completions for each row, at least 2.
         chunk_size (`int`, *optional*, defaults to `256`): completions that a process draws at a time.
 
     Raises:
-        ValueError: a folder with other samples, or arguments out of range.
+        ValueError: arguments out of range.
+        PriorSamplesError: a folder with something else in it.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        settings: Mapping[str, Any],
+        identity: DrawIdentity,
         prompt_keys: torch.Tensor,
+        row_keys: torch.Tensor | None = None,
+        *,
+        rewards: Sequence[str | None],
         num_samples: int = 100,
         chunk_size: int = 256,
     ):
@@ -89,217 +88,266 @@ class PriorSamples:
             raise ValueError(f"`chunk_size={chunk_size}` draws nothing: set it to 1 or more.")
         self.prompt_keys = prompt_keys.detach().cpu().to(torch.int64)
         if self.prompt_keys.dim() != 1 or len(self.prompt_keys) == 0:
-            raise ValueError("There is no prompt to draw samples for: give keys of shape (P,) with P of at least 1.")
-        if len(self.prompt_keys.unique()) != len(self.prompt_keys):
-            raise ValueError("A prompt occurs twice in `prompt_keys`: give each prompt once.")
-        self.folder = Path(folder)
-        self.num_samples = num_samples
-        self.chunk_size = chunk_size
-        self.settings = _plain(
-            {**settings, "prompts": _fingerprint(self.prompt_keys.tolist()), "num_samples": num_samples}
-        )
-        self._reuse_or_start()
+            raise ValueError("There is no prompt to draw samples for: give keys of shape (R,) with R of at least 1.")
+        self.row_keys = self.prompt_keys if row_keys is None else row_keys.detach().cpu().to(torch.int64)
+        if self.row_keys.shape != self.prompt_keys.shape:
+            raise ValueError("`prompt_keys` and `row_keys` must have one entry for each row.")
+        self.identity, self.reward_fingerprints = identity, list(rewards)
+        self.num_samples, self.chunk_size = num_samples, chunk_size
+        self._store = SampleStore(Path(folder).expanduser(), identity)
+        self._numbers = _numbers(self.prompt_keys, num_samples)  # (R * N,)
+        # Rewards of functions that cannot be recognized: for this run only, so in memory
+        self._unrecognized = [column for column, each in enumerate(self.reward_fingerprints) if each is None]
+        self._recognized = [column for column, each in enumerate(self.reward_fingerprints) if each is not None]
+        self._scored_now = torch.full((len(self), len(self._unrecognized)), torch.nan, dtype=torch.float64)
+        self._is_scored_now = torch.zeros(len(self), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.prompt_keys) * self.num_samples
 
-    def _reuse_or_start(self) -> None:
-        file = self.folder / _SETTINGS_FILE
-        if not file.exists():
-            if self._chunk_files():
-                raise ValueError(
-                    f"{self.folder} has samples but no {_SETTINGS_FILE} that says of what: use another folder."
-                )
-            _write(file, lambda path: path.write_text(json.dumps(self.settings, indent=1) + "\n"))
-            return
-        try:
-            found = json.loads(file.read_text())
-        except json.JSONDecodeError:
-            raise ValueError(f"{file} is not valid JSON: use another folder.") from None
-        differ = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
-        if differ:
-            theirs, ours = (", ".join(f"{name}={of.get(name)!r}" for name in differ) for of in (found, self.settings))
-            raise ValueError(
-                f"The prior samples in {self.folder} are of {theirs}, but this run has {ours}: use another folder, or "
-                "delete this one."
-            )
+    @property
+    def folder(self) -> Path:
+        """Where the files of this draw are."""
+        return self._store.folder
 
     # ---------------------------------------------------------------------------------------------------------------
-    # Drawing
+    # What is there
 
     def missing(self) -> torch.Tensor:
-        """The samples still to be drawn, int64 in ascending order: a prompt's place times `num_samples` + number."""
-        present = torch.zeros(len(self), dtype=torch.bool)
-        for file in self._chunk_files():
-            present[_tensor(self._read(file, ["sample"])["sample"])] = True
-        return (~present).nonzero().squeeze(1)
+        """Indices of the samples still to be drawn, int64 in ascending order."""
+        return (self._places(self._store.samples()) < 0).nonzero().squeeze(1)
+
+    def _places(self, index: SampleIndex) -> torch.Tensor:
+        """Where each sample `(R * N,)` stands in the index; -1 for one that is not there."""
+        wanted = _joint_key(self._of_rows(self.prompt_keys), self._numbers)
+        return _look_up(wanted, _joint_key(index.prompt_key, index.number))
+
+    def _of_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """A value of each row, for each of its samples: `(R * N,)` from `(R,)`."""
+        return values.repeat_interleave(self.num_samples)
+
+    def _rewards(self, index: SampleIndex, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rewards of all samples that are known, `(R * N, K)`, and whether all of a sample are, `(R * N,)`."""
+        values = torch.full((len(self), len(self.reward_fingerprints)), torch.nan, dtype=torch.float64)
+        values[:, self._unrecognized] = self._scored_now
+        known = (places >= 0) & (self._is_scored_now if self._unrecognized else True)
+        wanted = _joint_key(
+            self._of_rows(self.row_keys)[known], self._numbers[known], index.completion_key[places[known]]
+        )
+        kept = self._store.rewards([str(self.reward_fingerprints[column]) for column in self._recognized])
+        samples = known.nonzero().squeeze(1)
+        for column in self._recognized:
+            found = kept[str(self.reward_fingerprints[column])]
+            at = _look_up(wanted, _joint_key(found.row_key, found.number, found.completion_key))
+            values[samples[at >= 0], column] = found.value[at[at >= 0]]
+            known[samples[at < 0]] = False
+        return values, known
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Drawing and scoring
 
     def collect(
         self,
         draw: Callable[[list[Row], int], Draw],
-        prompts: Sequence[Row],
-        process_index: int = 0,
-        num_processes: int = 1,
-        wait_for_everyone: Callable[[], None] = lambda: None,
-        progress: bool = True,
+        score: Callable[[list[Row], KeptCompletions], torch.Tensor],
+        rows: Sequence[Row],
+        work: Work | None = None,
     ) -> None:
         """
-        Draws what is missing, and returns when this process has done its share.
+        Draws what is missing and scores what has no rewards; returns when this process has done its share.
 
-        Every process calls `draw` equally often, each time with `chunk_size` rows, so it may contain collective
-        operations (sharded models, gathered rewards). Where there is less to do, rows are repeated and what is drawn
-        for them is thrown away.
+        Several processes call `draw` and `score` equally often, each time with `chunk_size` rows, so these may contain
+        collective operations (sharded models, gathered rewards). Where there is less to do, rows are repeated and
+        what is returned for them is thrown away.
 
         Args:
             draw (`Callable`):
                 `draw(rows, seed)` samples one completion of the prior for each row and scores it, [`Draw`]. torch's
                 generators are seeded with `seed` before each call, and restored in the end; a backend with random
                 numbers of its own must be given it.
-            prompts (`Sequence`): the `P` prompts in the order of their keys, in whatever form `draw` takes.
-            process_index, num_processes (`int`): which share of the work is this process's.
-            wait_for_everyone (`Callable`, *optional*):
-                A barrier, such as `accelerator.wait_for_everyone`, needed with several processes.
-            progress (`bool`, *optional*, defaults to `True`): whether process 0 shows a progress bar.
+            score (`Callable`):
+                `score(rows, completions)` gives the rewards of completions that were kept, as [`Draw`] has them.
+            rows (`Sequence`): the `R` rows of the data, in whatever form these take.
+            work ([`Work`], *optional*): whose share it is. Defaults to all of it.
 
         Raises:
-            ValueError: prompts that are not those of the keys, or a draw that returns something else than asked for.
+            ValueError: rows that are not those of the keys, or something else is returned than asked for.
         """
-        if len(prompts) != len(self.prompt_keys):
-            raise ValueError(f"There are {len(prompts)} prompts and {len(self.prompt_keys)} keys: give one for each.")
-        missing = self.missing()
-        wait_for_everyone()  # before anybody adds to the folder: all must agree on what is missing
-        chunks = missing.split(self.chunk_size) if len(missing) else ()
+        if len(rows) != len(self.prompt_keys):
+            raise ValueError(f"There are {len(rows)} rows and {len(self.prompt_keys)} keys: give one for each.")
+        work = work or Work()
+        index = self._store.samples()
+        places = self._places(index)
+        missing = (places < 0).nonzero().squeeze(1)
+        _, known = self._rewards(index, places)
+        unscored = ((places >= 0) & ~known).nonzero().squeeze(1)
+        work.wait_for_everyone()  # before anybody adds to the folder: all must agree on what is missing
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with (
-            torch.random.fork_rng(devices),
-            tqdm(
-                total=len(self),
-                initial=len(self) - len(missing),
-                desc="prior samples",
-                unit=" completions",
-                disable=not progress or process_index != 0,
-            ) as bar,
-        ):
-            for start in range(0, len(chunks), num_processes):
-                round_of_chunks = chunks[start : start + num_processes]
-                mine = round_of_chunks[min(process_index, len(round_of_chunks) - 1)]
-                drawn = self._draw(draw, prompts, mine)
-                if process_index < len(round_of_chunks):
-                    self._save(mine, drawn)
-                bar.update(sum(map(len, round_of_chunks)))
-        wait_for_everyone()
-        if process_index == 0:
-            for unfinished in self.folder.glob(".samples-*"):  # what a killed run has left
-                unfinished.unlink(missing_ok=True)
+        with torch.random.fork_rng(devices):
+            for mine, of_all in self._rounds(missing, "prior samples", work):
+                drawn = self._draw(draw, rows, mine, work)
+                if of_all[work.process_index] is not None:
+                    self._save(mine, drawn, work)
+                self._remember(of_all, drawn.rewards)
+            for mine, of_all in self._rounds(unscored, "scoring prior samples", work):
+                whole = self._whole_chunk(mine, work)
+                kept = self._store.completions(index, places[whole])
+                rewards = self._checked(score(self._rows_of(rows, whole), kept), whole, work)
+                if of_all[work.process_index] is not None:
+                    self._save_rewards(mine, index.completion_key[places[mine]], rewards, work)
+                self._remember(of_all, rewards)
+        work.wait_for_everyone()
+        if work.process_index == 0:
+            self._store.remove_unfinished()
 
-    def _draw(self, draw: Callable[[list[Row], int], Draw], prompts: Sequence[Row], samples: torch.Tensor) -> Draw:
-        rows = [prompts[place] for place in (samples // self.num_samples).tolist()]
-        rows += rows[-1:] * (self.chunk_size - len(rows))
-        seed = _fingerprint([self.settings.get("seed"), int(samples[0])])
-        torch.manual_seed(int(seed, 16) % 2**63)
-        drawn = draw(rows, int(seed, 16) % 2**31)
-        lengths = [len(part) for part in drawn if part is not None]
-        if any(length != len(rows) for length in lengths) or drawn.rewards.dim() != 2 or drawn.log_prior.dim() != 1:
+    def _rounds(
+        self, samples: torch.Tensor, name: str, work: Work
+    ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor | None]]]:
+        """This process's chunk of each round, and those of all processes, `None` where one has nothing left to do."""
+        chunks = samples.split(self.chunk_size) if len(samples) else ()
+        with tqdm(
+            total=len(self),
+            initial=len(self) - len(samples),
+            desc=name,
+            unit=" completions",
+            disable=not work.progress or work.process_index != 0 or (not chunks and name != "prior samples"),
+        ) as bar:
+            for start in range(0, len(chunks), work.num_processes):
+                of_all: list[torch.Tensor | None] = [*chunks[start : start + work.num_processes]]
+                of_all += [None] * (work.num_processes - len(of_all))
+                mine = of_all[work.process_index]
+                yield chunks[min(start + work.num_processes, len(chunks)) - 1] if mine is None else mine, of_all
+                bar.update(sum(len(each) for each in of_all if each is not None))
+
+    def _whole_chunk(self, samples: torch.Tensor, work: Work) -> torch.Tensor:
+        """With several processes as many samples as all others have: the last one is repeated."""
+        missing = self.chunk_size - len(samples) if work.num_processes > 1 else 0
+        return torch.cat([samples, samples[-1:].expand(missing)])
+
+    def _rows_of(self, rows: Sequence[Row], samples: torch.Tensor) -> list[Row]:
+        return [rows[place] for place in (samples // self.num_samples).tolist()]
+
+    def _draw(
+        self, draw: Callable[[list[Row], int], Draw], rows: Sequence[Row], samples: torch.Tensor, work: Work
+    ) -> Draw:
+        whole = self._whole_chunk(samples, work)
+        first = (int(self._of_rows(self.prompt_keys)[samples[0]]), int(self._numbers[samples[0]]))
+        seed = stable_hash([self.identity.seed, *first])
+        torch.manual_seed(seed)
+        drawn = draw(self._rows_of(rows, whole), seed % 2**31)
+        lengths = [len(part) for part in drawn.completions]
+        if any(length != len(whole) for length in lengths) or drawn.completions.log_prior.dim() != 1:
             raise ValueError(
-                f"`draw` was given {len(rows)} rows and returned {lengths} completions, log-probabilities, rewards "
-                "and texts: return one of each for every row, rewards of shape (B, K)."
+                f"`draw` was given {len(whole)} rows and returned {lengths} completions, texts, messages and "
+                "log-probabilities: return one of each for every row."
             )
-        return drawn
+        return drawn._replace(rewards=self._checked(drawn.rewards, whole, work))
 
-    def _save(self, samples: torch.Tensor, drawn: Draw) -> None:
-        count = len(samples)
-        columns = {
-            "sample": samples.tolist(),
-            "prompt_key": self.prompt_keys[samples // self.num_samples].tolist(),
-            "completion_ids": [list(ids) for ids in drawn.completion_ids[:count]],
-            "text": [None] * count if drawn.texts is None else list(drawn.texts[:count]),
-            "log_prior": drawn.log_prior[:count].double().tolist(),
-            # A missing reward is null, so that other readers need not know what NaN means
-            "rewards": [
-                [value if math.isfinite(value) else None for value in row]
-                for row in drawn.rewards[:count].double().tolist()
-            ],
-        }
-        table = pa.table(columns, schema=_SCHEMA)
-        _write(self.folder / f"samples-{int(samples[0]):012d}.parquet", lambda path: pq.write_table(table, path))
+    def _checked(self, rewards: torch.Tensor, samples: torch.Tensor, work: Work) -> torch.Tensor:
+        shape = (work.num_processes * len(samples), len(self.reward_fingerprints))
+        if tuple(rewards.shape) != shape:
+            raise ValueError(
+                f"The rewards of a chunk of prior samples have shape {tuple(rewards.shape)}: return those of all "
+                f"processes, {shape}."
+            )
+        return rewards.cpu()
+
+    def _save(self, samples: torch.Tensor, drawn: Draw, work: Work) -> None:
+        own = KeptCompletions(*(part[: len(samples)] for part in drawn.completions))  # type: ignore[arg-type]
+        prompt_keys = self._of_rows(self.prompt_keys)[samples]
+        keys = self._store.add_samples(prompt_keys, self._numbers[samples], own)
+        self._save_rewards(samples, keys, drawn.rewards, work)
+
+    def _save_rewards(
+        self, samples: torch.Tensor, completion_keys: torch.Tensor, rewards: torch.Tensor, work: Work
+    ) -> None:
+        if not self._recognized:
+            return
+        own = rewards.unflatten(0, (work.num_processes, -1))[work.process_index, : len(samples)]
+        fingerprints = [str(self.reward_fingerprints[column]) for column in self._recognized]
+        row_keys = self._of_rows(self.row_keys)[samples]
+        numbers = self._numbers[samples]
+        self._store.add_rewards(fingerprints, row_keys, numbers, completion_keys, own[:, self._recognized])
+
+    def _remember(self, of_all: Sequence[torch.Tensor | None], rewards: torch.Tensor) -> None:
+        """Keeps the rewards of functions that cannot be recognized, on every process."""
+        for samples, own in zip(of_all, rewards.unflatten(0, (len(of_all), -1)), strict=True):
+            if samples is not None:
+                self._scored_now[samples] = own[: len(samples), self._unrecognized].double()
+                self._is_scored_now[samples] = True
 
     # ---------------------------------------------------------------------------------------------------------------
     # Using
 
-    def scores(self, dtype: torch.dtype = torch.float32) -> PriorScores:
+    def scores(
+        self,
+        keys: torch.Tensor,
+        multiplicity: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> PriorScores:
         """
-        All samples as tensors: rewards `(P, N, K)`, `log pi_0` `(P, N)` and the prompts' keys `(P,)`.
+        All samples as tensors: rewards `(R, N, K)`, `log pi_0` `(R, N)` and the rows' keys `(R,)`.
 
         Args:
+            keys (`torch.Tensor`): by which a target knows the rows, int64 of shape `(R,)`, all different.
+            multiplicity (`torch.Tensor`, *optional*): how often each is in the training data, see [`PriorScores`].
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
                 That of the rewards in training, which targets compare them with.
 
         Raises:
+            ValueError: if samples are missing, or have not been scored.
+        """
+        index = self._store.samples()
+        places = self._places(index)
+        rewards, known = self._rewards(index, places)
+        if missing := int((~known).sum()):
+            raise ValueError(
+                f"{missing:,} of the {len(self):,} prior samples in {self.folder} have not been drawn and scored yet: "
+                "call `collect` first."
+            )
+        shape = (len(self.prompt_keys), self.num_samples)
+        rewards = rewards.masked_fill(rewards.isinf(), math.nan).view(*shape, len(self.reward_fingerprints)).to(dtype)
+        log_prior = index.log_prior[places].view(shape).to(dtype)
+        return PriorScores(rewards, log_prior, keys, torch.ones(len(keys)) if multiplicity is None else multiplicity)
+
+    def completions(self) -> KeptCompletions:
+        """
+        All samples, in the order of their indices.
+
+        Raises:
             ValueError: if samples are missing.
         """
-        if len(missing := self.missing()):
-            raise ValueError(
-                f"{len(missing):,} of the {len(self):,} prior samples in {self.folder} have not been drawn yet: call "
-                "`collect` first."
-            )
-        tables = [self._read(file, ["sample", "log_prior", "rewards"]) for file in self._chunk_files()]
-        table = pa.concat_tables(tables)
-        order = _tensor(table["sample"])  # (P * N,), or more where two runs overlapped
-        flat = table["rewards"].combine_chunks()
-        values = _tensor(flat.flatten())
-        if len(numbers := pc.list_value_length(flat).unique()) > 1:
-            raise ValueError(
-                f"The prior samples in {self.folder} have {sorted(numbers.to_pylist())} rewards each, which do not go "
-                "together: use another folder."
-            )
-        rewards = values.new_empty(len(self), len(values) // len(flat))
-        rewards[order] = values.view(len(flat), -1)
-        log_prior = values.new_empty(len(self))
-        log_prior[order] = _tensor(table["log_prior"])
-        shape = (len(self.prompt_keys), self.num_samples)
-        return PriorScores(rewards.view(*shape, -1).to(dtype), log_prior.view(shape).to(dtype), self.prompt_keys)
-
-    def _chunk_files(self) -> list[Path]:
-        return sorted(self.folder.glob("samples-*.parquet"))
-
-    def _read(self, file: Path, columns: list[str]) -> pa.Table:
-        try:
-            table = pq.read_table(file, columns=columns)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): delete it, and it is drawn again.") from None
-        samples = table["sample"]
-        if len(samples) and not 0 <= pc.min(samples).as_py() <= pc.max(samples).as_py() < len(self):
-            raise ValueError(f"{file} has samples of other prompts: delete it, and what is missing is drawn again.")
-        return table
+        index = self._store.samples()
+        places = self._places(index)
+        if (places < 0).any():
+            raise ValueError(f"Some prior samples in {self.folder} have not been drawn yet: call `collect` first.")
+        return self._store.completions(index, places)
 
 
-def _tensor(column: pa.Array | pa.ChunkedArray) -> torch.Tensor:
-    """A column of numbers, null as NaN; a copy, because Arrow's memory is read-only."""
-    return torch.tensor(column.to_pandas().to_numpy())
+def _numbers(prompt_keys: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """The number of each sample among those of its prompt, `(R * N,)`: rows with the same prompt share none."""
+    seen: dict[int, int] = {}
+    first = []
+    for key in prompt_keys.tolist():
+        first.append(seen.get(key, 0) * num_samples)
+        seen[key] = seen.get(key, 0) + 1
+    return (torch.tensor(first).unsqueeze(1) + torch.arange(num_samples)).flatten()
 
 
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file that others see whole or not at all, and that survives a loss of power."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # hidden from `_chunk_files`
-    try:
-        write(unfinished)
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _joint_key(*parts: torch.Tensor) -> torch.Tensor:
+    """One int64 for several, `(S,)` each, by mixing their bits: of a billion, two are the same by chance in 1e-2."""
+    mixed = numpy.zeros(len(parts[0]), dtype=numpy.uint64)
+    for part in parts:
+        mixed = (mixed ^ part.numpy().astype(numpy.uint64)) * numpy.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> numpy.uint64(32)
+    return torch.from_numpy(mixed.astype(numpy.int64))
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as JSON gives them back, so that they compare equal to saved ones (tuples are lists, ...)."""
-    try:
-        return json.loads(json.dumps(settings))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"The settings of prior samples must be plain values (numbers, strings, lists): {error}."
-        ) from None
-
-
-def _fingerprint(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+def _look_up(wanted: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Where each key `(D,)` stands among others `(S,)`, the last place of several; -1 where it does not."""
+    if not len(there):
+        return torch.full((len(wanted),), -1)
+    ascending, order = there.sort(stable=True)
+    last = torch.searchsorted(ascending, wanted, right=True) - 1
+    found = (last >= 0) & (ascending[last.clamp(min=0)] == wanted)
+    return torch.where(found, order[last.clamp(min=0)], -1)

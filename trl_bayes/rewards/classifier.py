@@ -98,6 +98,10 @@ class _Scorer:
         self.batch_size, self.max_length, self.device = batch_size, max_length, device
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase, int] | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """What the scores depend on: whether the model is loaded already does not matter."""
+        return {**vars(self), "_loaded": None}
+
     def __call__(self, texts: list[str]) -> list[float | None]:
         import torch
 

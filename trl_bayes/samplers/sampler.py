@@ -46,6 +46,10 @@ class Sampler:
             Policy with the prior's vocabulary from which completions are proposed. Defaults to the prior.
         reward_weights (`torch.Tensor`, *optional*): (K,), as the trainers'.
         num_prior_samples (`int`, *optional*, defaults to `100`): see `target`.
+        prior_samples_dir (`str`, *optional*): folder in which these are kept and found, see
+            [`~trl_bayes.prior.reference.draw_prior`].
+        prior_name (`str`, *optional*): folder or id that the prior was loaded from, by which they are found.
+        prior_seed (`int`, *optional*): of these samples. Defaults to that of the settings.
 
     Raises:
         ValueError: settings out of range, or that do not go together; one sentence.
@@ -63,6 +67,9 @@ class Sampler:
         proposal: PreTrainedModel | None = None,
         reward_weights: Tensor | None = None,
         num_prior_samples: int = 100,
+        prior_samples_dir: str | None = None,
+        prior_name: str | None = None,
+        prior_seed: int | None = None,
     ):
         at_least("num_prior_samples", num_prior_samples, 2)
         if not reward_funcs and target.reads_rewards:
@@ -79,6 +86,7 @@ class Sampler:
         self.prior, self.proposal, self.tokenizer = prior, proposal, tokenizer
         self.reward_funcs, self.target, self.method = list(reward_funcs), target, method
         self.settings, self.num_prior_samples = settings, num_prior_samples
+        self.prior_samples_dir, self.prior_name, self.prior_seed = prior_samples_dir, prior_name, prior_seed
 
     def sample(
         self,
@@ -148,8 +156,10 @@ class Sampler:
             prompts,
             self.reward_funcs,
             self.num_prior_samples,
-            self.settings,
+            self.settings if self.prior_seed is None else replace(self.settings, seed=self.prior_seed),
             columns,
+            folder=self.prior_samples_dir,
+            prior_name=self.prior_name,
         )
         target = copy.deepcopy(self.target)
         target.fit(reference.scores(keys))

@@ -93,11 +93,11 @@ class Target(ABC):
 
         Args:
             given (`Mapping`): the entries, without the name.
-            beta (`float`, *optional*): the run's temperature; `None`, or 0 for pure RL, which has none.
+            beta (`float`, *optional*): the run's temperature, if it has one.
         """
         parameter = inspect.signature(cls).parameters.get("beta")
         takes_the_run_s = parameter is not None and parameter.default is inspect.Parameter.empty
-        return {"beta": beta or cls.default_beta, **given} if takes_the_run_s else dict(given)
+        return {"beta": cls.default_beta if beta is None else beta, **given} if takes_the_run_s else dict(given)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The log-potential

@@ -27,8 +27,8 @@ def build_target(spec: TargetSpec | None, beta: float | None = None) -> Target:
             [`Target`] class (`"my_package.targets.Mine"`), or a [`Target`]. `None` is `tilt`, over the weighted reward
             sum.
         beta (`float`, *optional*):
-            The run's temperature, for a target that takes one and is not given its own; `None`, or 0 for pure RL,
-            leaves it at the target's default.
+            The run's temperature, for a target that takes one and is not given its own. `None`, as in pure RL, leaves
+            it at the target's default.
 
     Returns:
         [`Target`]

@@ -72,7 +72,9 @@ class Calibrated(PerPromptTarget):
         own = {key: value for key, value in given.items() if key not in inspect.signature(cls).parameters}
         transform = build_transform(given["transform"], **own)
         rest = {key: value for key, value in given.items() if key not in own}
-        return {"beta": transform.default_beta or beta or cls.default_beta, **rest, "transform": transform}
+        run_s = cls.default_beta if beta is None else beta
+        own_s = transform.default_beta
+        return {"beta": run_s if own_s is None else own_s, **rest, "transform": transform}
 
     def learn(self, rewards: torch.Tensor) -> torch.Tensor:
         """Each prompt's rewards in ascending order, `(P, N)`, filled up with `inf`."""

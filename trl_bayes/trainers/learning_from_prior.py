@@ -1,112 +1,161 @@
 """What targets and log Z learn from samples of the prior, which the policy draws before its first update."""
 
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from accelerate.utils import broadcast_object_list
 from trl.trainer.utils import get_config_model_id
 
-from ..language_models.fingerprint import weights_fingerprint
+from ..language_models.fingerprint import model_fingerprint, parameters_fingerprint
 from ..partitions import Partition
-from ..prior import Draw, PriorSamples, PriorSamplesError, PriorScores
+from ..prior import (
+    Draw,
+    DrawIdentity,
+    KeptCompletions,
+    PriorSamples,
+    PriorSamplesError,
+    PriorScores,
+    Work,
+    callable_fingerprint,
+    prompt_key,
+    row_key,
+)
+from ..prior.drawing import MOVED
 from ..targets import Target
 from .batches import own_tokens, row_hash, sequence_log_probs
-from .posterior_config import PosteriorConfig
 
 
-_MOVED = 0.02  # nats per token from the prior: more than rounding, much less than another model
+GIVEN = "trl_bayes_completion"
+"""Under which what reward functions are given travels in a row of the data."""
 
 
-def prior_sample_settings(trainer: Any) -> dict[str, Any]:
+class RowsOfData(NamedTuple):
+    """The different rows of all data sets, in the order of their first occurrence."""
+
+    rows: list[dict[str, Any]]
+    keys: torch.Tensor
+    """Identity of each, int64 `(R,)`."""
+    multiplicity: torch.Tensor
+    """How often each is in the training data, `(R,)`: what is learned across prompts is learned from these."""
+
+    @classmethod
+    def of(cls, datasets: Sequence[Any], is_trained: Sequence[bool]) -> "RowsOfData":
+        """The rows of some data sets, of which one is trained on."""
+        rows: dict[int, dict[str, Any]] = {}
+        number: Counter[int] = Counter()
+        for dataset, trained in zip(datasets, is_trained, strict=True):
+            for row in dataset:
+                rows.setdefault(key := row_hash(row), row)
+                number[key] += trained
+        return cls(list(rows.values()), torch.tensor(list(rows)), torch.tensor([number[key] for key in rows]))
+
+
+def prior_samples_of(trainer: Any, data: RowsOfData) -> PriorSamples:
     """
-    What samples of the prior depend on, besides the prompts: kept with them, and compared when they are found.
+    The folder with samples of the prior for some rows.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): that draws them.
-    """
-    args, model_id = trainer.args, get_config_model_id(trainer.model.config)
-    return {
-        "model": model_id,
-        "weights": weights_fingerprint(model_id) or getattr(trainer.model.config, "_commit_hash", None),
-        "reward_functions": trainer.reward_func_names,
-        "tools": sorted(tool.__name__ for tool in trainer.tools or []),
-        "chat_template_kwargs": trainer.chat_template_kwargs,
-        "temperature": args.temperature,
-        "max_completion_length": args.max_completion_length,
-        "seed": args.seed,
-    }
-
-
-def collect_prior_samples(
-    args: PosteriorConfig,
-    settings: dict[str, Any],
-    datasets: Sequence[Any],
-    draw: Callable[[list[dict[str, Any]], int], Draw],
-    accelerator: Accelerator,
-    may_draw: bool,
-) -> PriorSamples:
-    """
-    Samples of the prior for every prompt, from the folder that keeps them or drawn now.
-
-    Args:
-        args ([`PosteriorConfig`]): of the trainer.
-        settings (`dict`): from [`prior_sample_settings`].
-        datasets (`Sequence`): those whose rows need samples.
-        draw (`Callable`): see [`~trl_bayes.prior.PriorSamples.collect`].
-        accelerator ([`~accelerate.Accelerator`]): of the trainer.
-        may_draw (`bool`): whether the policy is still the prior.
+        data ([`RowsOfData`]): what for.
 
     Raises:
-        PriorSamplesError: the samples that are kept are of something else, or some are missing in the middle of a run.
+        PriorSamplesError: a folder with something else in it.
     """
-    rows = {row_hash(row): row for dataset in datasets for row in dataset}
+    args = trainer.args
+    pairs = zip(trainer.reward_funcs, trainer.reward_processing_classes, strict=True)
+    rewards = [callable_fingerprint(function, tokenizer) for function, tokenizer in pairs]
+    keys = [row_key(row) for row in data.rows]
+    prompts, images, _ = trainer._tokenize_prompts([row["prompt"] for row in data.rows])
+    sees_row = images is not None or any({"image", "images"} & row.keys() for row in data.rows)
+    prompt_keys = [prompt_key(ids, key if sees_row else 0) for ids, key in zip(prompts, keys, strict=True)]
     with _as_prior_samples_error():
-        samples = PriorSamples(
+        return PriorSamples(
             args.prior_samples_dir or Path(str(args.output_dir)) / "prior_samples",
-            settings,
-            torch.tensor(list(rows), dtype=torch.int64),
+            _draw_identity(trainer, rewards),
+            torch.tensor(prompt_keys, dtype=torch.int64),
+            torch.tensor(keys, dtype=torch.int64),
+            rewards=rewards,
             num_samples=args.num_prior_samples,
             chunk_size=args.per_device_train_batch_size * (args.steps_per_generation or 1),
         )
-    if len(samples.missing()) and not may_draw:
+
+
+def _draw_identity(trainer: Any, rewards: list[str | None]) -> DrawIdentity:
+    """What is drawn; where that cannot be told, something that no other run has."""
+    args, model_id = trainer.args, get_config_model_id(trainer.model.config)
+    parts = [model_fingerprint(model_id, trainer.model), *(callable_fingerprint(tool) for tool in trainer.tools or [])]
+    adapter = {name: each for name, each in trainer.model.named_parameters() if ".ref." in name}
+    if adapter:  # a trained adapter is part of the prior, which TRL keeps under this name
+        parts.append(parameters_fingerprint(adapter))
+    if trainer.rollout_func is not None:  # it may give the reward functions more than is kept
+        parts += [callable_fingerprint(trainer.rollout_func), *rewards]
+    once = broadcast_object_list([uuid.uuid4().hex])[0]
+    weights, *tools = [once if part is None else part for part in parts]
+    length = args.max_completion_length
+    return DrawIdentity(model_id, weights, args.temperature, length, trainer.eos_token_ids, args.seed, tools)
+
+
+def collect(
+    samples: PriorSamples,
+    data: RowsOfData,
+    draw: Callable[[list[dict[str, Any]], int], Draw],
+    score: Callable[[list[dict[str, Any]], KeptCompletions], torch.Tensor],
+    trainer: Any,
+) -> None:
+    """
+    Draws what is missing and scores what has no rewards of these functions.
+
+    Args:
+        samples ([`~trl_bayes.prior.PriorSamples`]): from [`prior_samples_of`].
+        data ([`RowsOfData`]): the same.
+        draw, score (`Callable`): see [`~trl_bayes.prior.PriorSamples.collect`].
+        trainer ([`~trl.GRPOTrainer`]): that draws and scores.
+
+    Raises:
+        PriorSamplesError: some are missing in the middle of a run, so that the policy is no longer the prior.
+    """
+    if len(samples.missing()) and trainer.state.global_step > 0:
         raise PriorSamplesError(
             f"Samples of the prior are missing in {samples.folder}, and the policy has been trained since: start "
             "again, or resume from a checkpoint with its `posterior_state` files."
         )
-    samples.collect(
-        draw,
-        list(rows.values()),
+    accelerator = trainer.accelerator
+    work = Work(
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.wait_for_everyone,
-        progress=not args.disable_tqdm,
+        progress=not trainer.args.disable_tqdm,
     )
-    return samples
+    samples.collect(draw, score, data.rows, work)
 
 
-def as_draw(output: dict[str, Any], policy: torch.Tensor, tokenizer: PreTrainedTokenizerBase, model_id: str) -> Draw:
+def as_draw(output: dict[str, Any], policy: torch.Tensor, rows: Sequence[dict[str, Any]], trainer: Any) -> Draw:
     """
     A generated batch as samples of the prior.
 
     Args:
         output (`dict`): the batch, with `rewards` `(B, K)`.
         policy (`torch.Tensor`): the policy's per-token log-probabilities `(B, T)`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the policy.
-        model_id (`str`): of the policy, for the message.
+        rows (`Sequence[dict]`): of the batch, with the completions that reward functions were given.
+        trainer ([`~trl.GRPOTrainer`]): that has generated it.
 
     Raises:
         ValueError: the policy is not the prior any more.
     """
     log_policy, _, log_prior = sequence_log_probs(output, policy).unbind(dim=1)
-    refuse_policy_that_has_moved((log_policy - log_prior).sum() / own_tokens(output).sum(), model_id)
+    distance = (log_policy - log_prior).sum() / own_tokens(output).sum()
+    refuse_policy_that_has_moved(distance, get_config_model_id(trainer.model.config))
     pairs = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
     ids = [row[kept].tolist() for row, kept in pairs]
-    return Draw(ids, log_prior, output["rewards"], tokenizer.batch_decode(ids, skip_special_tokens=True))
+    texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+    messages = [None if isinstance(row[GIVEN], str) else row[GIVEN] for row in rows]
+    return Draw(KeptCompletions(ids, texts, messages, log_prior), trainer.accelerator.gather(output["rewards"]))
 
 
 def fit(target: Target, partition: Partition, prior: PriorScores) -> None:
@@ -129,7 +178,7 @@ def refuse_policy_that_has_moved(distance: torch.Tensor, model_id: str) -> None:
     Raises:
         ValueError: one sentence.
     """
-    if distance > _MOVED:
+    if distance > MOVED:
         raise ValueError(
             f"The policy is {distance:.2g} nats per token from the prior, so it cannot draw samples of the prior: "
             f"start from the weights of {model_id!r} as they were loaded, with adapters that begin at zero."

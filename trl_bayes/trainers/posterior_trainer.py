@@ -19,15 +19,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
-from trl.trainer.utils import get_config_model_id
 
 from ..estimators import Estimator, Terms, group_terms, sequence_loss
 from ..partitions import make_partition
-from ..prior import Draw
+from ..prior import Draw, KeptCompletions
 from ..targets import Target, build_target
 from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
 from .checkpoints import check_same_run, read_state, run_identity, save_state
-from .learning_from_prior import as_draw, collect_prior_samples, fit, prior_sample_settings, unrecorded
+from .learning_from_prior import GIVEN, RowsOfData, as_draw, collect, fit, prior_samples_of, unrecorded
 from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
 from .model_card import add_section
@@ -113,7 +112,7 @@ class PosteriorTrainer(GRPOTrainer):
     ):
         args = check_arguments(type(self), args, model, target)
         self.estimator = self.make_estimator(args)
-        self.target = build_target(args.target if target is None else target, args.beta)
+        self.target = build_target(args.target if target is None else target, args.beta or None)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
         with prior_of_its_own(self, args), warnings_at_the_users_line():
@@ -164,22 +163,25 @@ class PosteriorTrainer(GRPOTrainer):
             PriorSamplesError: the samples that are kept are of something else, or cannot be fitted to; a `ValueError`.
             ValueError: the policy is not the prior any more.
         """
-        datasets = [self._remove_unused_columns(dataset) for dataset in self._datasets()]  # as TRL gives them
-        samples = collect_prior_samples(
-            self.args,
-            prior_sample_settings(self),
-            datasets,
-            self._draw_prior,
-            self.accelerator,
-            may_draw=self.state.global_step == 0,
+        rows = RowsOfData.of(
+            [self._remove_unused_columns(dataset) for dataset in self._datasets()],  # as TRL gives them
+            is_trained=[dataset is self.train_dataset for dataset in self._datasets()],
         )
-        fit(self.target, self.partition, samples.scores())
+        samples = prior_samples_of(self, rows)
+        collect(samples, rows, self._draw_prior, self._score_prior_samples, self)
+        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity))
 
     def _draw_prior(self, rows: list[dict[str, Any]], seed: int) -> Draw:
         """Completions of the policy, which is still the prior, one for each row, with TRL's generation and rewards."""
         with unrecorded(self):
-            output = self._generate_with_rewards(rows)
-        return as_draw(output, self._policy_scores(output), self._tokenizer, get_config_model_id(self.model.config))
+            output, generated = self._generate_with_rewards(rows)
+        return as_draw(output, self._policy_scores(output), generated, self)
+
+    def _score_prior_samples(self, rows: list[dict[str, Any]], kept: KeptCompletions) -> torch.Tensor:
+        """Rewards `(B_global, K)` of completions that were kept."""
+        with unrecorded(self):
+            prompts = [row["prompt"] for row in rows]
+            return self._calculate_rewards([dict(row) for row in rows], prompts, kept.given, [*kept.completion_ids])
 
     # ---------------------------------------------------------------------------------------------------------------
     # From a group of completions to what each of them needs in the loss
@@ -193,12 +195,12 @@ class PosteriorTrainer(GRPOTrainer):
         # An infinite reward says nothing: it is treated like one that does not apply
         rewards = rewards.masked_fill(infinite, torch.nan)
         start = self.accelerator.process_index * len(inputs)
-        for row, own in zip(inputs, rewards[start : start + len(inputs)], strict=True):
-            row[_REWARDS] = own
+        for row, own, completion in zip(inputs, rewards[start : start + len(inputs)], completions, strict=True):
+            row |= {_REWARDS: own, GIVEN: completion}
         return rewards
 
-    def _generate_with_rewards(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's generated batch, and in it `rewards` `(B, K)`."""
+    def _generate_with_rewards(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """TRL's generated batch, and in it `rewards` `(B, K)`; and its rows, with what reward functions were given."""
         rows = [dict(row) for row in inputs]  # TRL adds fields to them, and so does `_calculate_rewards`
         # Taken once: with continuous batching TRL's generation leaves the model in training mode, in evaluation too
         training = self._mode_of_generation = self.model.training
@@ -211,13 +213,13 @@ class PosteriorTrainer(GRPOTrainer):
         output["rewards"] = torch.stack([row[_REWARDS] for row in rows])
         if self.mask_truncated_completions:  # whose tokens TRL has masked: they are no outcomes
             output["rewards"][~output["completion_mask"].any(dim=1)] = torch.nan
-        return output
+        return output, rows
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         announce_lm_head(self.model, self.args)
         if not (self.partition.is_ready and self.target.is_fitted):
             self.learn_from_prior()
-        output = self._generate_with_rewards(inputs)
+        output, _ = self._generate_with_rewards(inputs)
         if self.partition.needs_prompt_keys or self.target.needs_context:
             hashes = row_hashes(inputs, self.accelerator.process_index * len(inputs), self._group_size)
             output["prompt_key"] = prompt_keys(hashes, output, self.environment_factories is not None)

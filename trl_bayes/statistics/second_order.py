@@ -1,0 +1,61 @@
+"""Divergences from a group's own samples whose error is of second order next to the posterior, shapes (P, G).
+
+For metrics of training, where a group of completions is all there is. What evaluation estimates from two sets of
+samples is in [`trl_bayes.evaluation.distances`].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..groups import finite_exp
+from .control_variates import best_coefficient
+
+
+class SecondOrderDivergences(NamedTuple):
+    """Of each prompt, (P,) in nats; NaN where there is no estimate."""
+
+    reverse_kl: Tensor
+    forward_kl: Tensor
+
+
+def second_order_divergences(
+    log_policy: Tensor, log_posterior: Tensor, log_proposal: Tensor, valid: Tensor
+) -> SecondOrderDivergences:
+    """
+    From samples of q, with `rho = pi/q` and `w = p/q`:
+
+        KL(pi||p) = E_q[rho (log pi - log p) + c (w - rho)],    KL(p||pi) = E_q[w (log p - log pi) - c (w - rho)]
+
+    The control variate `w - rho` has the mean zero if Z is the true one. At the posterior c = 1 cancels the error of
+    first order; far from it a large w makes it noisy. c is fitted in [0, 1] to all groups together, for each of the
+    two, so that they are never worse than with c = 0. The mean of w over a group from which Z itself was estimated is
+    1: then nothing is gained.
+
+    Args:
+        log_policy, log_posterior, log_proposal (`torch.Tensor`): per-sequence log-probabilities (P, G); that of the
+            posterior is `log pi_0 + phi - log Z`, and -inf outside its support.
+        valid (`torch.Tensor`): boolean (P, G).
+
+    Returns:
+        [`SecondOrderDivergences`]: NaN for a prompt without a valid sample, and KL(pi||p) where a sample lies outside
+        the posterior's support.
+    """
+    ratio, weight = finite_exp(log_policy - log_proposal), finite_exp(log_posterior - log_proposal)
+    surprise = (log_policy - log_posterior).masked_fill(weight == 0, 0.0)  # 0 log 0 = 0
+    outside = valid & (log_posterior == -torch.inf) & (ratio > 0)
+    control = weight - ratio
+    reverse = _controlled_mean(ratio * surprise, control, valid)
+    forward = _controlled_mean(-weight * surprise, -control, valid)
+    return SecondOrderDivergences(reverse.masked_fill(outside.any(dim=1), torch.nan), forward)
+
+
+def _controlled_mean(values: Tensor, control: Tensor, valid: Tensor) -> Tensor:
+    """`mean(values + c control)` of each group (P,), with one c for all; NaN without a valid sample."""
+    count = valid.sum(dim=1, keepdim=True)  # (P, 1)
+    values, control = (v.masked_fill(~valid, 0.0) for v in (values, control))
+    means = [v.sum(dim=1, keepdim=True) / count for v in (values, control)]
+    x, y = (torch.where(valid & (count > 1), v - mean, 0.0) for v, mean in zip((values, control), means, strict=True))
+    c = best_coefficient((x * y).sum(), (y * y).sum())
+    return (means[0] + c * means[1] if c else means[0]).squeeze(1)
