@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, P
 from trl.chat_template_utils import add_response_schema
 
 from trl_bayes import cli
-from trl_bayes.evaluation.report import read_report
+from trl_bayes.evaluation.files import read_report
 
 
 MODULE = "rewards_of_test_same_reading"
@@ -207,28 +207,36 @@ def test_rewards_are_given_parsed_messages(recipe: dict[str, Any], marking: str)
 
 
 def test_arguments_of_the_chat_template(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen's template writes an empty thought where it must not think: the prompts are longer."""
-    lengths: dict[str, set[int]] = {}
+    """Qwen's template writes an empty thought where it must not think: all commands continue the same tokens."""
+    continued: dict[str, set[tuple[int, ...]]] = {}
     original = GenerationMixin.generate
-    command = ["train"]
+    running = [""]
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs["attention_mask"]
-        lengths.setdefault(command[0], set()).update(mask.sum(dim=1).tolist())
+        pairs = zip(kwargs["input_ids"], kwargs["attention_mask"].bool(), strict=True)
+        continued.setdefault(running[0], set()).update(tuple(ids[own].tolist()) for ids, own in pairs)
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(GenerationMixin, "generate", generate)
-    recipe |= {"prompt_as_message": True}
+    tokenizer = AutoTokenizer.from_pretrained(recipe["model_name_or_path"])
+    messages = [[{"role": "user", "content": text}] for text in ("Say a", "Say b")]
+    prompts = {
+        think: {
+            tuple(ids)
+            for ids in tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=think)[
+                "input_ids"
+            ]
+        }
+        for think in (True, False)
+    }
     for think in (True, False):
         for name in ("trained", "runs"):
             shutil.rmtree(name, ignore_errors=True)
-        seen = Seen(recipe | {"chat_template_kwargs": {"enable_thinking": think}})
-        for command[0], run in ((f"train {think}", seen.train), (f"evaluate {think}", seen.evaluate)):
+        seen = Seen(recipe | {"prompt_as_message": True, "chat_template_kwargs": {"enable_thinking": think}})
+        for running[0], run in (("train", seen.train), ("evaluate", seen.evaluate), ("sample", seen.sample)):
+            continued.clear()
             run()
-        command[0] = f"sample {think}"
-        seen.sample()
-        assert lengths[f"train {think}"] == lengths[f"evaluate {think}"] == lengths[f"sample {think}"]
-    assert min(lengths["train False"]) > max(lengths["train True"])
+            assert prompts[think] <= continued[running[0]] and not prompts[not think] & continued[running[0]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

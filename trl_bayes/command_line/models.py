@@ -1,6 +1,5 @@
 """The models of a recipe, and their tokenizers: found, checked and loaded in the same way by all commands."""
 
-import functools
 import os
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,28 +86,23 @@ def first_sentence(error: BaseException) -> str:
 # Loading
 
 
-def load_tokenizer(name: str, arguments: dict[str, Any], chat_template_kwargs: Any = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a model, or of an adapter's base model where the adapter has none.
 
     Args:
         name (`str`): id or folder.
         arguments (`dict`): from [`loading_arguments`].
-        chat_template_kwargs (`dict`, *optional*): what its chat template is always given.
     """
     settings: dict[str, Any] = {key: arguments[key] for key in ("revision", "trust_remote_code") if key in arguments}
     settings |= {"padding_side": "left", "truncation_side": "left"}  # as TRL has it
     base = base_of_adapter(name, settings.get("revision", "main"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
+        return AutoTokenizer.from_pretrained(name, **settings)
     except (OSError, ValueError):
         if base is None:
             raise
-        tokenizer = AutoTokenizer.from_pretrained(base, **{**settings, "revision": "main"})
-    if chat_template_kwargs:
-        bound = functools.partial(tokenizer.apply_chat_template, **chat_template_kwargs)
-        tokenizer.apply_chat_template = bound  # type: ignore[method-assign]
-    return tokenizer
+        return AutoTokenizer.from_pretrained(base, **{**settings, "revision": "main"})
 
 
 def load_trainable_adapter(name: str, arguments: dict[str, Any], quantization_config: Any) -> "PeftModel":

@@ -149,13 +149,13 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
         study.rewards,
         study.target,
         method,
-        study.sampling_settings(args),
+        study.settings,
         proposal=None if proposal_name is None else load_model(proposal_name, arguments, args.device),
         reward_weights=study.reward_weights,
         num_prior_samples=args.num_prior_samples,
         prior_samples_dir=study.prior_samples_dir,
         prior_name=study.prior_path,
-        prior_seed=study.settings_of_prior(args).seed,
+        prior_seed=study.settings_of_prior.seed,
     )
     settings = {
         "prior": study.named,
@@ -164,8 +164,8 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
         "target": repr(study.target),
         "method": {name: value for name, value in asdict(cast(Any, method)).items() if value is not None},
         "num_samples": args.num_samples,
-        "max_completion_length": study.max_completion_length,
-        "temperature": study.temperature,
+        "max_completion_length": study.settings.max_new_tokens,
+        "temperature": study.settings.temperature,
         "seed": args.seed,
     }
     return Job(args, study, sampler, folder, settings)

@@ -12,6 +12,7 @@ from ..language_models.prompts import check_prompts
 from ..language_models.settings import SamplingSettings
 from ..rewards.calling import NOT_PASSED_ON
 from ..targets import Target, build_target
+from ..trainers.posterior_config import PosteriorConfig
 from .arguments import Arguments, StudyArguments
 from .data import load_data, select_split
 from .models import choose_device, find_config, load_model, load_tokenizer, loading_arguments, model_path
@@ -30,8 +31,7 @@ class Study(NamedTuple):
     reward_weights: torch.Tensor | None
     rows: list[dict[str, Any]]
     num_rows: int | None  # of the data, of which `rows` may be the beginning
-    max_completion_length: int
-    temperature: float
+    settings: SamplingSettings  # how completions are drawn, of all models
     prior_path: str
     prior_samples_dir: str | None  # that of a training, with what it has kept
     training_seed: int  # by which kept samples are known
@@ -47,16 +47,10 @@ class Study(NamedTuple):
         names = [name for name in self.rows[0] if name not in NOT_PASSED_ON]
         return {name: [row[name] for row in self.rows] for name in names}
 
-    def sampling_settings(self, args: StudyArguments) -> SamplingSettings:
-        """How completions are drawn, of all models; with progress bars if there is someone to show them to."""
-        return SamplingSettings(
-            self.max_completion_length, self.temperature, args.batch_size, args.seed, progress=sys.stderr.isatty()
-        )
-
-    def settings_of_prior(self, args: StudyArguments) -> SamplingSettings:
+    @property
+    def settings_of_prior(self) -> SamplingSettings:
         """How the prior is sampled: where samples are kept, as training does."""
-        settings = self.sampling_settings(args)
-        return settings if self.prior_samples_dir is None else replace(settings, seed=self.training_seed)
+        return self.settings if self.prior_samples_dir is None else replace(self.settings, seed=self.training_seed)
 
 
 def load_study(args: StudyArguments, arguments: Arguments) -> Study:
@@ -82,13 +76,19 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     target.bind(names, weights)
     rows, num_rows = _rows(args, arguments)
     settings = {**loading_arguments(arguments.model, training), "revision": revision}
-    tokenizer = load_tokenizer(name, settings, training.chat_template_kwargs)
+    tokenizer = load_tokenizer(name, settings)
     is_policys = training.prior_model_name_or_path is None
     prior = load_model(name, arguments, args.device, revision=revision, quantized=is_policys)
     rewards = load_reward_models(rewards, arguments, choose_device(args.device, training))
-    length = cast(int, training.max_completion_length)  # the configuration's default is a number
-    check_prompts([row["prompt"] for row in rows], tokenizer, prior, max_completion_length=length)
     named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
+    drawn = _sampling_settings(args, training)
+    check_prompts(
+        [row["prompt"] for row in rows],
+        tokenizer,
+        prior,
+        max_completion_length=drawn.max_new_tokens,
+        chat_template_kwargs=drawn.chat_template_kwargs,
+    )
     return Study(
         named,
         prior,
@@ -99,11 +99,22 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
         weights,
         rows,
         num_rows,
-        length,
-        training.temperature,
+        drawn,
         name,
         training.prior_samples_dir,
         training.seed,
+    )
+
+
+def _sampling_settings(args: StudyArguments, training: PosteriorConfig) -> SamplingSettings:
+    """As in training; with progress bars if there is someone to show them to."""
+    return SamplingSettings(
+        cast(int, training.max_completion_length),  # the configuration's default is a number
+        training.temperature,
+        args.batch_size,
+        args.seed,
+        chat_template_kwargs=cast("dict[str, Any]", training.chat_template_kwargs or {}),
+        progress=sys.stderr.isatty(),
     )
 
 

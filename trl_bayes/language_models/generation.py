@@ -4,7 +4,7 @@ Nothing but the model's own distribution at a temperature: no settings of its ge
 tokens out; who scores them, and for what, is decided elsewhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,13 +17,16 @@ from .completions import Prompt
 from .settings import SamplingSettings
 
 
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """
     A prompt's tokens, as TRL's trainers make them.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's.
         prompt (`str` or `list`): a text, or messages to which the chat template is applied.
+        chat_template_kwargs (`dict`, *optional*): what the chat template is given besides.
 
     Raises:
         ValueError: a prompt without tokens.
@@ -31,7 +34,9 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[
     if isinstance(prompt, str):
         encoded: Any = tokenizer(text=prompt)
     else:
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+        )
     ids = list(encoded["input_ids"])
     if not ids:
         raise ValueError(

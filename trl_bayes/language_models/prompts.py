@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .generation import tokenize_prompt
+
 
 _MOST_BYTES_OF_A_TEMPLATE = 4096  # that it adds to a conversation; longer ones than this leaves room for are tokenized
 
@@ -64,12 +66,7 @@ def check_prompts(
             )
         if not _may_be_wrong(prompt, room):
             continue
-        number = _number_of_tokens(prompt, tokenizer, chat_template_kwargs or {})
-        if number == 0:
-            raise ValueError(
-                f"The prompt {prompt!r} has no tokens, so the first token of a completion would have no distribution: "
-                "use a tokenizer that adds a first token, or leave this prompt out."
-            )
+        number = len(tokenize_prompt(tokenizer, prompt, chat_template_kwargs))  # which refuses one without any
         if room is not None and number > room:
             raise ValueError(
                 f"A prompt of {number} tokens and a completion of `max_completion_length={max_completion_length}` do "
@@ -97,13 +94,3 @@ def _may_be_wrong(prompt: Any, room: int | None) -> bool:
     if isinstance(prompt, str):
         return not prompt.strip() or (room is not None and len(prompt.encode()) + 1 > room)
     return room is not None and len(repr(prompt).encode()) + _MOST_BYTES_OF_A_TEMPLATE > room
-
-
-def _number_of_tokens(prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> int:
-    if isinstance(prompt, str):
-        encoded: Any = tokenizer(text=prompt)
-    else:
-        encoded = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
-        )
-    return len(encoded["input_ids"])

@@ -41,7 +41,7 @@ def sample(
         raise ValueError("There are no prompts to sample from: give at least one.")
     at_least("num_per_prompt", num_per_prompt)
     prompts = list(prompts)
-    prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [tokenize_prompt(tokenizer, prompt, settings.chat_template_kwargs) for prompt in prompts]
     prompt_index = torch.arange(len(prompts)).repeat_interleave(num_per_prompt)  # (N,)
     settings = with_stop_ids(settings, model, tokenizer)
     completion_ids: list[list[int]] = []

@@ -1,7 +1,9 @@
 """How completions are drawn: one set of settings for all who draw them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 _MOST_SCORED_AT_ONCE = 64  # large batches make generation fast, but scoring slow, since it holds all logits
@@ -20,6 +22,7 @@ class SamplingSettings:
         stop_ids (`tuple[int, ...]`, *optional*):
             The tokens that end a completion. Defaults to those of the tokenizer and of the model that is sampled, see
             [`~trl_bayes.language_models.generation.find_stop_ids`].
+        chat_template_kwargs (`dict`, *optional*): for the chat template, where prompts are lists of messages.
         progress (`bool`, *optional*, defaults to `False`): shows progress bars.
 
     Raises:
@@ -31,6 +34,7 @@ class SamplingSettings:
     batch_size: int = 256
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -97,7 +97,8 @@ class PriorKeeper:
         )
 
     def _prompt_ids(self) -> list[list[int]]:
-        return [tokenize_prompt(self.tokenizer, prompt) for prompt in self.prompts]
+        template = self.settings.chat_template_kwargs
+        return [tokenize_prompt(self.tokenizer, prompt, template) for prompt in self.prompts]
 
     def _draw(self, places: list[int], seed: int) -> Draw:
         prompt_ids = self._prompt_ids()

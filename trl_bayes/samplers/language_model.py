@@ -52,7 +52,9 @@ class LanguageModelSource(CompletionSource):
         self.prior, self.proposal, self.tokenizer = prior, proposal, tokenizer
         self.reward_funcs, self.target, self.columns = list(reward_funcs), target, dict(columns)
         self.prompts, self.prompt_keys = list(prompts), prompt_keys
-        self.prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in self.prompts]
+        self.prompt_ids = [
+            tokenize_prompt(tokenizer, prompt, settings.chat_template_kwargs) for prompt in self.prompts
+        ]
         self.settings, self.max_new_tokens = with_stop_ids(settings, prior, tokenizer), settings.max_new_tokens
         self._seeds = numpy.random.default_rng(settings.seed)
         self._bar = tqdm(desc="generating", unit="completion", disable=not settings.progress)
