@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import trl_bayes
+from tests.helpers import tree
 from tests.helpers.trainers import TRAINERS
 
 
@@ -133,3 +134,7 @@ class B:
     tree, code = code_of(tmp_path / "b.py")
     assert sorted(code) == [4, 7, 13, 16, 17, 18, 22, 24, 25]
     assert [name for name, _ in functions(tree)] == ["B.d"]
+
+
+def test_contributing_shows_every_file() -> None:
+    assert tree.shown() == tree.tree(), "run `python -m tests.helpers.tree`"

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from datasets import Dataset
 from packaging.version import Version
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,7 +16,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl import get_peft_config, get_quantization_config
 
 from ..language_models.adapters import base_of_adapter
-from ..language_models.prompts import check_prompts
 from ..prior import PriorSamplesError
 from ..targets import build_target
 from ..trainers.posterior_config import PosteriorConfig
@@ -158,7 +156,7 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
         training.prior_samples_dir = os.path.expanduser(training.prior_samples_dir)
     training.model_init_kwargs = settings
     policy = _policy(model_path(model.model_name_or_path), arguments, rewards)
-    trainer = trainer_class(
+    return trainer_class(
         reward_funcs=rewards,
         args=training,
         train_dataset=train_dataset,
@@ -166,16 +164,6 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
         peft_config=get_peft_config(model),
         **policy,
     )
-    for data in (train_dataset, eval_dataset):
-        if isinstance(data, Dataset):
-            check_prompts(
-                data["prompt"],
-                trainer.processing_class,
-                trainer.model,
-                max_completion_length=cast(int, trainer.max_completion_length),
-                chat_template_kwargs=cast("dict[str, Any]", trainer.chat_template_kwargs),
-            )
-    return trainer
 
 
 def _check_models(policy: str, settings: dict[str, Any], training: PosteriorConfig) -> None:

@@ -34,10 +34,10 @@ from .posterior_config import PosteriorConfig
 from .prior import make_exact, prior_of_its_own
 from .refusals import (
     check_arguments,
+    refuse_data,
     refuse_inexact_model_defaults,
     refuse_infinite_divergence,
     refuse_infinite_potential,
-    refuse_unsampled_prior,
     warn_of_settings,
 )
 from .warnings_of_users import warnings_at_the_users_line
@@ -136,8 +136,8 @@ class PosteriorTrainer(GRPOTrainer):
         if not self.use_vllm:  # which is given TRL's settings only
             refuse_inexact_model_defaults(self.model.generation_config, self.generation_kwargs, args)
         warn_of_settings(args)
+        refuse_data(self, self._datasets())
         self.target.bind(self.reward_func_names, self.reward_weights)
-        refuse_unsampled_prior(self.target, self.partition, args, self._datasets(), bool(self.environment_factories))
         self._is_checked = not args.check_log_probs
         self._mode_of_generation: bool | None = None
 

@@ -9,7 +9,9 @@ from transformers import GenerationConfig
 from trl.trainer.utils import get_config_model_id
 
 from ..divergences import Divergence
+from ..language_models.prompts import check_prompts
 from ..partitions import Partition
+from ..rewards.calling import refuse_same_names
 from ..targets import Target
 from .exactness import Inexact, distribution_altering_settings
 from .posterior_config import PosteriorConfig
@@ -91,6 +93,34 @@ def refuse_inexact_model_defaults(
         if args.inexact_settings == "refuse":
             raise ValueError(inexact.refusal)
         args.inexact.append(inexact)
+
+
+def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
+    """
+    Refuses rewards that cannot be told apart, prompts that the model cannot continue to the length asked for, and a
+    target or partition that needs samples of the prior where there are none.
+
+    Prompts that are streamed, or written by an environment, are not known yet.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): constructed.
+        datasets (`Sequence`): those that are trained or evaluated on.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    refuse_same_names(trainer.reward_func_names)
+    for dataset in datasets:
+        if trainer.environment_factories is None and isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
+            check_prompts(
+                dataset["prompt"],
+                trainer.processing_class,
+                trainer.accelerator.unwrap_model(trainer.model),
+                max_completion_length=trainer.max_completion_length,
+                chat_template_kwargs=trainer.chat_template_kwargs,
+            )
+    writes_prompts = trainer.environment_factories is not None
+    refuse_unsampled_prior(trainer.target, trainer.partition, trainer.args, datasets, writes_prompts)
 
 
 def warn_of_settings(args: PosteriorConfig) -> None:
