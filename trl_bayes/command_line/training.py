@@ -18,6 +18,7 @@ from trl import get_peft_config, get_quantization_config
 from ..language_models.adapters import base_of_adapter
 from ..prior import PriorSamplesError
 from ..targets import build_target
+from ..trainers.checkpoints import check_same_run, run_identity, state_file
 from ..trainers.posterior_config import PosteriorConfig
 from ..trainers.posterior_trainer import PosteriorTrainer
 from .arguments import Arguments
@@ -112,17 +113,9 @@ def find_checkpoint(args: PosteriorConfig) -> str | None:
 
 def _check_posterior_state(checkpoint: Path, trainer_class: type[PosteriorTrainer], args: PosteriorConfig) -> None:
     """What the trainer itself refuses when it resumes, said before any model is loaded."""
-    file = checkpoint / "posterior_state_0.pt"
-    if not file.is_file():
-        return
-    state = torch.load(file, weights_only=True)
-    target = build_target(args.target, args.beta or None)
-    for key, ours in (("trainer", trainer_class.__name__), ("target_settings", repr(target))):
-        if state[key] != ours:
-            raise ValueError(
-                f"The checkpoint {checkpoint} was written by a run with {state[key]}, this one has {ours}: resume "
-                "with the same trainer and target, or start a new run from the checkpoint's weights."
-            )
+    if state_file(checkpoint, 0).is_file():
+        state = torch.load(state_file(checkpoint, 0), weights_only=True)
+        check_same_run(state, run_identity(trainer_class, build_target(args.target, args.beta or None)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,3 +64,8 @@ def check_same_run(state: Mapping[str, Any], ours: Mapping[str, str]) -> None:
                 f"The checkpoint was written by a run with {state.get(name)}, this one has {value}: resume with the "
                 "same trainer and target, or start a new run from the checkpoint's weights."
             )
+    if "partition" not in state:
+        raise ValueError(
+            "The checkpoint was written by an earlier version of trl_bayes, which kept log Z in another form: start a "
+            "new run from the checkpoint's weights."
+        )

@@ -80,6 +80,17 @@ def test_checkpoint_of_another_trainer_or_target_is_refused(make: Make, tmp_path
         make("f_dpg", {"beta": 2 * BETA}).train(resume_from_checkpoint=checkpoint)
 
 
+def test_checkpoint_of_an_earlier_version_is_refused(make: Make, tmp_path: Path) -> None:
+    make("dpg", {"save_strategy": "steps", "save_steps": 1}).train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    file = checkpoint / "posterior_state_0.pt"
+    state = torch.load(file, weights_only=True)
+    del state["partition"]  # earlier versions kept `log_z` and `num_updates` instead
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="earlier version"):
+        make("dpg").train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_checkpoint_of_an_adapter_resumes(make: Make, tmp_path: Path) -> None:
     straight = make("f_dpg", TWO_VISITS, peft_config=dropping_lora(), train_dataset=twice())
     learn(straight)
