@@ -414,6 +414,15 @@ def test_an_accelerate_configuration_by_path(recipe: dict[str, Any], launched: l
     assert launched[0].config_file == "mine.yaml"
 
 
+def test_an_accelerate_configuration_in_the_users_folder(
+    recipe: dict[str, Any], launched: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("mine.yaml").write_text("num_processes: 1\n")
+    train("dpg", recipe | {"accelerate_config": "~/mine.yaml"})
+    assert launched[0].config_file == str(tmp_path / "mine.yaml")
+
+
 def test_a_launched_process_trains(
     recipe: dict[str, Any], launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -384,7 +384,7 @@ def test_home_in_every_path(recipe: dict[str, Any], tiny_models: Any) -> None:
         (home / name).symlink_to(folder)
     Path("prompts.jsonl").rename(home / "prompts.jsonl")
     recipe |= {"model_name_or_path": "~/model", "prior_model_name_or_path": "~/prior"}
-    recipe |= {"dataset_name": "~/prompts.jsonl", "output_dir": "~/runs/trained"}
+    recipe |= {"dataset_name": "~/prompts.jsonl", "output_dir": "~/runs/trained", "prior_samples_dir": "~/kept"}
     seen = Seen(recipe)
     seen.train()
     assert (home / "runs" / "trained" / "model.safetensors").is_file()

@@ -76,8 +76,8 @@ def accelerate_config_file(name: str) -> str:
     Raises:
         ValueError: neither; one sentence with the names that there are.
     """
-    if Path(name).is_file():
-        return name
+    if Path(name).expanduser().is_file():
+        return os.path.expanduser(name)
     known = sorted(file.stem for file in shipped_file("accelerate_configs").glob("*.yaml"))
     if name not in known:
         raise ValueError(

@@ -49,6 +49,7 @@ _STUDIED_IN_RECIPES = (
     "vllm_structured_outputs_regex",
     "remove_unused_columns",
     "use_cpu",
+    "seed",
 )
 """Fields of TRL's own that change what is sampled or what rewards are given: refused or followed as in training."""
 
@@ -195,7 +196,8 @@ def read_study(
     if launcher_flags:
         raise ValueError(f"`{launcher_flags[0]}` is for training in several processes: leave it out, this is one.")
     own, studied, model, mixture = _objects(parser, own_args)
-    values = _values_of_recipe(config_class, recipe, str(file)) | vars(studied) | _kept_samples(recipe, studied)
+    values = _values_of_recipe(config_class, recipe, str(file)) | vars(studied)
+    values["prior_samples_dir"] = values["prior_samples_dir"] or _kept_samples(recipe)
     return own, Arguments(own, _training_config(config_class, values), model, mixture)
 
 
@@ -261,11 +263,10 @@ def _values_of_recipe(config_class: type[PosteriorConfig], recipe: Mapping[str, 
     return {name: value for name, value in values.items() if name in _STUDIED_IN_RECIPES or name not in of_trl}
 
 
-def _kept_samples(recipe: Mapping[str, Any], studied: Any) -> dict[str, Any]:
-    """Where the training of a recipe has kept samples of the prior, and the seed by which they are known."""
+def _kept_samples(recipe: Mapping[str, Any]) -> str | None:
+    """Where the training of a recipe has kept samples of the prior, if it has."""
     kept = Path(str(recipe.get("output_dir", ""))).expanduser() / "prior_samples"
-    found = studied.prior_samples_dir or (str(kept) if "output_dir" in recipe and kept.is_dir() else None)
-    return {"prior_samples_dir": found, **({"seed": recipe["seed"]} if "seed" in recipe else {})}
+    return str(kept) if "output_dir" in recipe and kept.is_dir() else None
 
 
 def _training_config(config_class: type[PosteriorConfig], values: dict[str, Any]) -> PosteriorConfig:
