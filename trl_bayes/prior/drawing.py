@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class PriorKeeper:
         kept = PriorSamples(
             folder,
             self._identity(),
-            torch.tensor([prompt_key(ids) for ids in self._prompt_ids()], dtype=torch.int64),
+            torch.tensor([prompt_key(ids) for ids in self._prompt_ids], dtype=torch.int64),
             torch.tensor([row_key(row) for row in rows], dtype=torch.int64),
             rewards=[callable_fingerprint(function) for function in self.reward_funcs],
             num_samples=num_per_prompt,
@@ -96,17 +97,17 @@ class PriorKeeper:
             name, weights, settings.temperature, settings.max_new_tokens, settings.stop_ids, settings.seed
         )
 
+    @cached_property
     def _prompt_ids(self) -> list[list[int]]:
         template = self.settings.chat_template_kwargs
         return [tokenize_prompt(self.tokenizer, prompt, template) for prompt in self.prompts]
 
     def _draw(self, places: list[int], seed: int) -> Draw:
-        prompt_ids = self._prompt_ids()
+        prompts, prompt_ids = [self.prompts[i] for i in places], [self._prompt_ids[i] for i in places]
         with evaluating(self.model):
-            ids = generate(self.model, [prompt_ids[place] for place in places], self.settings)
+            ids = generate(self.model, prompt_ids, self.settings)
         texts = [str(self.tokenizer.decode(each, skip_special_tokens=True)) for each in ids]
-        prompts = [self.prompts[place] for place in places]
-        given = as_rewards_see_them(self.tokenizer, prompts, [prompt_ids[place] for place in places], ids)
+        given = as_rewards_see_them(self.tokenizer, prompts, prompt_ids, ids)
         messages = [None if isinstance(each, str) else each for each in given]
         drawn = self._completions(torch.tensor(places), KeptCompletions(ids, texts, messages, torch.zeros(0)))
         log_prior = log_probs(self.model, drawn, self.settings)
@@ -119,7 +120,7 @@ class PriorKeeper:
     def _completions(self, prompt_index: torch.Tensor, kept: KeptCompletions) -> Completions:
         ids = [list(each) for each in kept.completion_ids]
         ended = torch.tensor([each[-1] in self.settings.stop_ids for each in ids], dtype=torch.bool)
-        return Completions(list(self.prompts), self._prompt_ids(), prompt_index, ids, list(kept.texts), ended)
+        return Completions(list(self.prompts), self._prompt_ids, prompt_index, ids, list(kept.texts), ended)
 
     def _in_own_precision(
         self, kept: PriorSamples, completions: Completions, log_prior: torch.Tensor, drawn_now: torch.Tensor

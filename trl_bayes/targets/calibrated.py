@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..prior import Context
+from ..prior import Context, PromptTable
 from .per_prompt import PerPromptTarget
 from .transforms import Transform, build_transform, calibrated_law
 
@@ -63,6 +63,7 @@ class Calibrated(PerPromptTarget):
             raise ValueError(f"`Calibrated` needs a positive finite `beta` (the posterior's temperature), got {beta}.")
         self.beta = float(beta)
         self._looked_for_ties = False
+        self._largest: tuple[PromptTable, float] | None = None  # of which table, and its largest `phi`
 
     @classmethod
     def arguments_from_config(cls, given: Mapping[str, Any], beta: float | None) -> dict[str, Any]:
@@ -114,7 +115,12 @@ class Calibrated(PerPromptTarget):
         """The largest `phi` at any place among the prior samples, known once they are."""
         if not self.is_fitted:
             return None
-        prior = self.table.values  # (P, n)
+        if self._largest is None or self._largest[0] is not self.table:
+            self._largest = self.table, self._largest_phi(self.table.values)
+        return self._largest[1]
+
+    def _largest_phi(self, prior: torch.Tensor) -> float:
+        """At any place among prior samples `(P, n)`."""
         count = prior.isfinite().sum(dim=1, keepdim=True)
         between = torch.arange(prior.size(1) + 1).double().minimum(count)  # (P, n + 1): above so many samples
         less, less_or_equal = _ranks(prior, prior)
