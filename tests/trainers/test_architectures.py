@@ -18,6 +18,7 @@ from tests.helpers.trainers import QUIET, TRAINERS
 from trl_bayes import KLRLConfig, KLRLTrainer
 from trl_bayes.benchmarks.exact_training import default_arguments
 from trl_bayes.benchmarks.tiny import letter_count_task
+from trl_bayes.prior.identity import prompt_key
 from trl_bayes.trainers import posterior_trainer
 
 
@@ -157,13 +158,13 @@ def test_samples_of_the_prior_that_are_kept(architecture: str, folders: dict[str
     trainer = make(architecture, "dpg", partition="prior_samples", num_prior_samples=8)
     trainer.train()
     files = sorted((Path(trainer.args.output_dir) / "prior_samples").glob("**/*.parquet"))
-    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    rows = [row for file in files for row in pq.read_table(file).to_pylist() if "log_prior" in row]
     model = AutoModelForCausalLM.from_pretrained(folders[architecture]).eval()
     tokenizer = AutoTokenizer.from_pretrained(folders[architecture])
-    prompts = [tokenizer(text=prompt)["input_ids"] for prompt in TASK.prompts]
-    scored = [{"completion_ids": row["completion_ids"], "log_prior": row["log_prior"]} for row in rows]
-    for number, row in enumerate(scored):
-        prompt = prompts[rows[number]["sample"] // 8]
+    prompts = {prompt_key(ids): ids for ids in (tokenizer(text=prompt)["input_ids"] for prompt in TASK.prompts)}
+    assert len(rows) == 8 * len(prompts)
+    for row in rows:
+        prompt = prompts[row["prompt_key"]]
         ids = torch.tensor([prompt + row["completion_ids"]])
         with torch.no_grad():
             log_probs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(dim=1)

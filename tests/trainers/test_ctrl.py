@@ -109,6 +109,7 @@ def make(kind: type, args: Any, prior: str, **arguments: Any) -> Any:
     return kind(args=args, **{**defaults, **arguments})
 
 
+@pytest.mark.filterwarnings("ignore:.* share their reward with another:UserWarning")
 @pytest.mark.parametrize("procedure", ["best_of_n", "worst_of_n"])
 def test_it_is_kl_rl_on_the_calibrated_target(procedure: str, prior: str, tmp_path: Path) -> None:
     args = config(output_dir=str(tmp_path / "ctrl"), inference_procedure=procedure)

@@ -20,7 +20,7 @@ def test_beta_zero_is_pure_rl(adapter: str, make: Make, tiny_models: Any) -> Non
     )
     assert trainer.ref_model is None
     recorded = record(trainer)
-    learn(trainer, without=NEEDS_A_POSTERIOR)
+    learn(trainer, without=("kl", *NEEDS_A_POSTERIOR))
     for batch, _, _ in recorded:
         assert "ref_per_token_logps" not in batch
         rewards = (length_evidence(batch) * BETA).view(-1, G)
