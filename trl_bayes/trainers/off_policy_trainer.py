@@ -63,8 +63,7 @@ class OffPolicyConfig(PosteriorConfig):
     @property
     def reuses_samples(self) -> bool:
         """Whether a completion is used after the policy that sampled it has been updated."""
-        steps_per_batch = self.num_iterations * (self.steps_per_generation or 1)
-        return self.replay_buffer_size > 0 or self.gradient_accumulation_steps % steps_per_batch != 0
+        return self.replay_buffer_size > 0 or self.gradient_accumulation_steps % self.steps_per_batch != 0
 
 
 class OffPolicyTrainer(PosteriorTrainer):

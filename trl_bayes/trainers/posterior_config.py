@@ -213,6 +213,11 @@ class PosteriorConfig(GRPOConfig):
         """The divergence `D_f(pi||p)` that is minimized."""
         raise NotImplementedError(f"{type(self).__name__} names no divergence: use the config of a trainer.")
 
+    @property
+    def steps_per_batch(self) -> int:
+        """Forward passes for which one generated batch is used."""
+        return self.num_iterations * (self.steps_per_generation or 1)
+
     def ineffective_settings(self) -> str | None:
         """A sentence on GRPO parameters that the user changed and that these trainers do not use."""
         changed = [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]

@@ -236,8 +236,7 @@ class PosteriorTrainer(GRPOTrainer):
         Whether the forward pass of the update gives `log q` as well, and no other is needed: the batch is used whole,
         at once, and by the very policy that sampled it.
         """
-        steps_per_batch = self.num_iterations * (self.args.steps_per_generation or 1)
-        return self.model.training and steps_per_batch == 1 and self.args.disable_dropout
+        return self.model.training and self.args.steps_per_batch == 1 and self.args.disable_dropout
 
     @property
     def _group_size(self) -> int:
