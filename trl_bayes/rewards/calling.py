@@ -65,7 +65,8 @@ def refuse_same_names(names: Sequence[str]) -> None:
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise ValueError(
             f"Two rewards are called {twice[0]!r}, so targets and logs could not tell them apart: give one of them "
-            "another name, by `called` where the reward takes it ({name: ..., called: ...}), else by its `__name__`."
+            "another name, by `called` where the reward takes it ({name: ..., called: ...}), else by a function's "
+            "`__name__` or a model's folder."
         )
 
 

@@ -1,6 +1,7 @@
 """Reward functions: several, async, models; missing, infinite and steep rewards; what TRL hands to them and shows."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def test_several_weighted_reward_functions(kind: str, make: Make) -> None:
         assert f"rewards/{name}/std" in logs[0]
 
 
-def test_sync_async_and_model_rewards_together(kind: str, make: Make, tiny_models: Any) -> None:
-    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_models.reward, num_labels=1)
+def test_sync_async_and_model_rewards_together(kind: str, make: Make, tiny_models: Any, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_models.reward, tmp_path / "classifier")
+    classifier = AutoModelForSequenceClassification.from_pretrained(copy, num_labels=1)
     weights = parameters(classifier)
     trainer = make(kind, reward_funcs=[length_reward, async_reward, classifier, tiny_models.reward])
     recorded = record(trainer)
@@ -64,9 +66,10 @@ def test_sync_async_and_model_rewards_together(kind: str, make: Make, tiny_model
     assert [name for name in logs[0] if name.startswith("rewards/") and name.endswith("/mean")] == [
         "rewards/length_reward/mean",
         "rewards/async_reward/mean",
+        "rewards/classifier/mean",
         "rewards/reward/mean",
     ]
-    # The model is there twice, as an object and as a path
+    # The model is there twice, as an object of another name and as a path
     batch, log_policy, _ = recorded[0]
     functions = length_evidence(batch) * BETA + torch.tensor([len(set(ids)) / 8 for ids in completions(batch)])
     twice = (batch["log_target"] - log_policy) * BETA - functions
