@@ -14,6 +14,7 @@ import trl
 from rich.table import Table
 
 from ..evaluation.evaluate import Evaluation, evaluate, evaluate_posterior, evaluate_prior
+from ..evaluation.files import write_samples
 from ..evaluation.posterior import Posterior, PosteriorMethod, condition
 from ..evaluation.report import Report, RunRecord, choose_lines
 from ..evaluation.tables import DIVERSITY_COLUMNS, Column, distance_columns, reward_columns, tabulate
@@ -57,6 +58,8 @@ class EvaluateArguments(StudyArguments):
             k of each pass@k, for rewards of 0 and 1.
         diversity (`bool`, *optional*, defaults to `True`):
             Whether to measure distinct-n, self-BLEU and the share of distinct completions.
+        save_samples (`bool`, *optional*, defaults to `False`):
+            Whether to write the samples of every row to `samples/NAME.jsonl`: prompt, completion, rewards.
         max_prompts (`int`, *optional*, defaults to `64`):
             Takes only so many prompts, from the beginning.
         output_dir (`str`, *optional*, defaults to `"runs/evaluation"`):
@@ -95,6 +98,9 @@ class EvaluateArguments(StudyArguments):
     )
     diversity: bool = field(
         default=True, metadata={"help": "Measure distinct-n, self-BLEU and the share of distinct completions."}
+    )
+    save_samples: bool = field(
+        default=False, metadata={"help": "Write the samples of every row to samples/NAME.jsonl in the output_dir."}
     )
     max_prompts: int | None = field(
         default=64, metadata={"help": "Take only so many prompts, from the beginning of the data."}
@@ -232,19 +238,22 @@ def measure(job: Job, posterior: Posterior) -> Report:
             diversity=args.diversity,
             seed=args.seed + 1,
         )
-        runs.append(_record(name, evaluation, posterior, completions, settings={"policy": path}))
+        runs.append(_record(job, name, evaluation, posterior, completions, settings={"policy": path}))
         del policy
         gc.collect()
     return _report(job, posterior, runs)
 
 
 def _record(
+    job: Job,
     name: str,
     evaluation: Evaluation,
     posterior: Posterior,
     completions: Completions,
     settings: dict[str, Any] | None = None,
 ) -> RunRecord:
+    if job.args.save_samples:
+        write_samples(completions, job.folder, name)
     lines = choose_lines(completions, _valid(posterior, completions))
     return RunRecord(name, name, "", evaluation, samples=lines, settings=settings or {})
 
@@ -283,8 +292,8 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
             "longest completion": f"{study.settings.max_new_tokens} tokens",
             "temperature": str(study.settings.temperature),
         },
-        posterior=_record("posterior", of_posterior, posterior, posterior.exact),
-        prior=_record("prior", of_prior, posterior, posterior.prior.completions),
+        posterior=_record(job, "posterior", of_posterior, posterior, posterior.exact),
+        prior=_record(job, "prior", of_prior, posterior, posterior.prior.completions),
         runs=runs,
         hard=posterior.target.hard,
         reward_label=_reward_label(study.reward_names, weights),

@@ -5,11 +5,13 @@ made again, alone or with other runs.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..language_models.completions import Completions
 from ..statistics.estimate import Estimate
 from .evaluate import Evaluation
 from .report import CurvePoint, Report, RunRecord, as_estimate
@@ -38,6 +40,28 @@ def write_evaluation(report: Report, folder: str | Path) -> Path:
     """
     file = Path(folder) / EVALUATION
     write_json(report, file)
+    return file
+
+
+def write_samples(completions: Completions, folder: str | Path, name: str) -> Path:
+    """
+    Writes what a model said to `samples/NAME.jsonl`, a line a completion, see
+    [`~trl_bayes.language_models.completions.Completions.to_dataset`].
+
+    Args:
+        completions ([`~trl_bayes.language_models.completions.Completions`]): of the model.
+        folder (`str` or `Path`): of the evaluation.
+        name (`str`): of the row.
+
+    Returns:
+        The path of the file.
+    """
+    file = Path(folder) / "samples" / f"{name}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    rows = completions.to_dataset().to_list()
+    # Strict JSON has no infinity, which is phi of a completion that a hard target excludes
+    lines = (json.dumps({k: None if v == -math.inf else v for k, v in row.items()}) for row in rows)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return file
 
 

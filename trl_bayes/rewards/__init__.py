@@ -8,9 +8,11 @@ from trl_bayes.rewards.build import build_reward, build_rewards
 from trl_bayes.rewards.classifier import classified_as
 from trl_bayes.rewards.contains import contains_word, more_of
 from trl_bayes.rewards.length import length_between, length_in
+from trl_bayes.rewards.lexicon import vader_sentiment
 from trl_bayes.rewards.maths import gsm8k_accuracy
 from trl_bayes.rewards.python_syntax import contains_name, max_length, no_syntax_warning, parses
 from trl_bayes.rewards.regex import matches
+from trl_bayes.rewards.valid_json import valid_json
 
 
 __all__ = [
@@ -27,4 +29,6 @@ __all__ = [
     "more_of",
     "no_syntax_warning",
     "parses",
+    "vader_sentiment",
+    "valid_json",
 ]

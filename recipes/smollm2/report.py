@@ -1,0 +1,124 @@
+"""The table and the figure of a study, from its evaluations and the logs of its trainings."""
+
+import json
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from study import slug  # noqa: E402
+
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
+MARKERS = "osD^vP*X"
+NAMED = 20  # valid answers of a prompt among which distinct names are counted
+COLUMNS = {"valid": "valid", "kl_prior": "KL(π‖π₀)", "forward_kl": "KL(p‖π)", "entropy": "entropy", "names": "names"}
+
+
+def write_report(runs: Path, methods: list[str], splits: list[str], seeds: list[int], out: Path, task: Any) -> None:
+    """Writes `results.md`, `results.json` and `results.png` beside the recipes, and prints the table."""
+    rows = {split: read_rows(runs / f"measured_{split}", methods, seeds, task) for split in splits}
+    text = "\n\n".join(f"### {split}\n\n{table(rows[split])}" for split in splits) + "\n"
+    (out / "results.md").write_text(text, encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    draw(rows[splits[0]], {name: curves(runs, name, seeds) for name in methods}, out / "results.png")
+    print(text)
+
+
+def read_rows(folder: Path, methods: list[str], seeds: list[int], task: Any) -> dict[str, list[dict[str, float]]]:
+    """Numbers of each method and seed, of the prior and of the exact posterior."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for method in methods:
+        evaluation = json.loads((folder / slug(method) / "evaluation.json").read_text(encoding="utf-8"))
+        samples = folder / slug(method) / "samples"
+        if not rows:
+            rows["the prior"] = [numbers(evaluation["prior"], samples / "prior.jsonl", task)]
+            rows["the exact posterior"] = [numbers(evaluation["posterior"], samples / "posterior.jsonl", task)]
+        runs = {run["name"]: run for run in evaluation["runs"]}
+        names = [f"{slug(method)}_{seed}" for seed in seeds]
+        rows[method] = [numbers(runs[name], samples / f"{name}.jsonl", task) for name in names]
+    return rows
+
+
+def numbers(record: dict[str, Any], samples: Path, task: Any) -> dict[str, float]:
+    """What the table has of one policy; what is not known is absent."""
+    metrics = record["evaluation"]["metrics"]
+    known = {key: metrics[key]["value"] for key in COLUMNS if key in metrics and metrics[key]["trusted"]}
+    lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    by_prompt: dict[str, list[Any]] = {}
+    for line in lines:
+        by_prompt.setdefault(json.dumps(line["prompt"]), []).append(line)
+    found = {**known, "valid": mean(line["rewards"][0] == 1 for line in lines)}
+    if task.get("first_key") and (names := distinct_names(by_prompt)) is not None:
+        found["names"] = names
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def distinct_names(by_prompt: dict[str, list[Any]]) -> float | None:
+    """Distinct values of the first key among the first valid answers of a prompt, as a share of these."""
+    shares = []
+    for lines in by_prompt.values():
+        valid = [json.loads(line["completion"][0]["content"]) for line in lines if line["rewards"][0] == 1][:NAMED]
+        if len(valid) == NAMED:
+            shares.append(len({str(next(iter(answer.values()))).strip().lower() for answer in valid}) / NAMED)
+    return mean(shares) if shares else None
+
+
+def curves(runs: Path, method: str, seeds: list[int]) -> list[tuple[list[int], list[float]]]:
+    """Completions and mean reward of each training, smoothed over five updates."""
+    found = []
+    for seed in seeds:
+        state = json.loads((runs / f"{slug(method)}_{seed}" / "trainer_state.json").read_text(encoding="utf-8"))
+        log = [line for line in state["log_history"] if "reward" in line]
+        values = [mean(line["reward"] for line in log[max(0, i - 4) : i + 1]) for i in range(len(log))]
+        found.append(([line["step"] for line in log], values))
+    return found
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Medians over seeds, with the range in brackets."""
+    shown = [key for key in COLUMNS if any(key in run for runs in rows.values() for run in runs)]
+    lines = [f"| | {' | '.join(COLUMNS[key] for key in shown)} |", f"|---{'|---:' * len(shown)}|"]
+    for name, runs in rows.items():
+        cells = [cell([run[key] for run in runs if key in run], key in ("valid", "names")) for key in shown]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(values: list[float], is_share: bool) -> str:
+    """A median and the range; shares in percent."""
+    if not values:
+        return ""
+    scale, digits = (100, 0) if is_share else (1, 2)
+    text = f"{median(values) * scale:.{digits}f}" + (" %" if is_share else "")
+    if len(values) > 1:
+        text += f" ({min(values) * scale:.{digits}f} to {max(values) * scale:.{digits}f})"
+    return text
+
+
+def draw(rows: dict[str, list[dict[str, float]]], logs: dict[str, Any], file: Path) -> None:
+    """Left: reward against updates. Right: valid share against distance from the prior, where all can be compared."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for i, (name, runs) in enumerate(logs.items()):
+        length = min(len(values) for _, values in runs)
+        left.plot(
+            runs[0][0][:length],
+            [median(values[step] for _, values in runs) for step in range(length)],
+            color=COLORS[i],
+            marker=MARKERS[i],
+            markevery=5,
+            label=name,
+        )
+        points = [(run["kl_prior"], run["valid"]) for run in rows[name] if "kl_prior" in run]
+        right.scatter(*zip(*points, strict=True), color=COLORS[i], marker=MARKERS[i], label=name)
+    for name, marker in (("the prior", "|"), ("the exact posterior", "x")):
+        run = rows[name][0]
+        right.scatter(run.get("kl_prior", 0.0), run["valid"], color="k", marker=marker, s=120, label=name)
+    left.set(xlabel="updates of 64 completions", ylabel="share of valid answers in training", ylim=(0, 1.02))
+    right.set(xlabel="KL(π‖π₀), nats", ylabel="share of valid answers", ylim=(0, 1.02))
+    right.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
