@@ -16,16 +16,15 @@ from study import slug  # noqa: E402
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
 MARKERS = "osD^vP*X"
 NAMED = 20  # valid answers of a prompt among which distinct names are counted
-COLUMNS = {"valid": "valid", "kl_prior": "KL(π‖π₀)", "forward_kl": "KL(p‖π)", "entropy": "entropy", "names": "names"}
 
 
 def write_report(runs: Path, methods: list[str], splits: list[str], seeds: list[int], out: Path, task: Any) -> None:
     """Writes `results.md`, `results.json` and `results.png` beside the recipes, and prints the table."""
     rows = {split: read_rows(runs / f"measured_{split}", methods, seeds, task) for split in splits}
-    text = "\n\n".join(f"### {split}\n\n{table(rows[split])}" for split in splits) + "\n"
+    text = "\n\n".join(f"### {split}\n\n{table(rows[split], task['columns'])}" for split in splits) + "\n"
     (out / "results.md").write_text(text, encoding="utf-8")
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    draw(rows[splits[0]], {name: curves(runs, name, seeds) for name in methods}, out / "results.png")
+    draw(rows[splits[0]], {name: curves(runs, name, seeds) for name in methods}, task, out / "results.png")
     print(text)
 
 
@@ -47,14 +46,14 @@ def read_rows(folder: Path, methods: list[str], seeds: list[int], task: Any) -> 
 def numbers(record: dict[str, Any], samples: Path, task: Any) -> dict[str, float]:
     """What the table has of one policy; what is not known is absent."""
     metrics = record["evaluation"]["metrics"]
-    known = {key: metrics[key]["value"] for key in COLUMNS if key in metrics and metrics[key]["trusted"]}
+    known = {key: metrics[key]["value"] for key in task["columns"] if key in metrics and metrics[key]["trusted"]}
     lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     by_prompt: dict[str, list[Any]] = {}
     for line in lines:
         by_prompt.setdefault(json.dumps(line["prompt"]), []).append(line)
     found = {**known, "valid": mean(line["rewards"][0] == 1 for line in lines)}
-    if task.get("first_key") and (names := distinct_names(by_prompt)) is not None:
-        found["names"] = names
+    if "names" in task["columns"]:
+        found["names"] = distinct_names(by_prompt)
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -74,15 +73,15 @@ def curves(runs: Path, method: str, seeds: list[int]) -> list[tuple[list[int], l
     for seed in seeds:
         state = json.loads((runs / f"{slug(method)}_{seed}" / "trainer_state.json").read_text(encoding="utf-8"))
         log = [line for line in state["log_history"] if "reward" in line]
-        values = [mean(line["reward"] for line in log[max(0, i - 4) : i + 1]) for i in range(len(log))]
+        values = [mean(float(line["reward"]) for line in log[max(0, i - 4) : i + 1]) for i in range(len(log))]
         found.append(([line["step"] for line in log], values))
     return found
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
+def table(rows: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> str:
     """Medians over seeds, with the range in brackets."""
-    shown = [key for key in COLUMNS if any(key in run for runs in rows.values() for run in runs)]
-    lines = [f"| | {' | '.join(COLUMNS[key] for key in shown)} |", f"|---{'|---:' * len(shown)}|"]
+    shown = [key for key in columns if any(key in run for runs in rows.values() for run in runs)]
+    lines = [f"| | {' | '.join(columns[key] for key in shown)} |", f"|---{'|---:' * len(shown)}|"]
     for name, runs in rows.items():
         cells = [cell([run[key] for run in runs if key in run], key in ("valid", "names")) for key in shown]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -100,8 +99,9 @@ def cell(values: list[float], is_share: bool) -> str:
     return text
 
 
-def draw(rows: dict[str, list[dict[str, float]]], logs: dict[str, Any], file: Path) -> None:
+def draw(rows: dict[str, list[dict[str, float]]], logs: dict[str, Any], task: Any, file: Path) -> None:
     """Left: reward against updates. Right: valid share against distance from the prior, where all can be compared."""
+    y = task.get("y", "valid")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, (name, runs) in enumerate(logs.items()):
         length = min(len(values) for _, values in runs)
@@ -113,12 +113,12 @@ def draw(rows: dict[str, list[dict[str, float]]], logs: dict[str, Any], file: Pa
             markevery=5,
             label=name,
         )
-        points = [(run["kl_prior"], run["valid"]) for run in rows[name] if "kl_prior" in run]
+        points = [(run["kl_prior"], run[y]) for run in rows[name] if "kl_prior" in run and y in run]
         right.scatter(*zip(*points, strict=True), color=COLORS[i], marker=MARKERS[i], label=name)
     for name, marker in (("the prior", "|"), ("the exact posterior", "x")):
         run = rows[name][0]
-        right.scatter(run.get("kl_prior", 0.0), run["valid"], color="k", marker=marker, s=120, label=name)
-    left.set(xlabel="updates of 64 completions", ylabel="share of valid answers in training", ylim=(0, 1.02))
-    right.set(xlabel="KL(π‖π₀), nats", ylabel="share of valid answers", ylim=(0, 1.02))
+        right.scatter(run.get("kl_prior", 0.0), run[y], color="k", marker=marker, s=120, label=name)
+    left.set(xlabel="updates of 64 completions", ylabel=f"{task['label']}, in training")
+    right.set(xlabel="KL(π‖π₀), nats", ylabel=task["label"])
     right.legend(fontsize=7)
     figure.savefig(file, dpi=110)

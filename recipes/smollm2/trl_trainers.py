@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, get_peft_confi
 from trl_bayes import KLRLTrainer
 from trl_bayes.command_line.data import load_data, select_split
 from trl_bayes.command_line.models import model_path
-from trl_bayes.command_line.recipe import make_arguments, training_parser
+from trl_bayes.command_line.recipe import make_arguments, read_command_line, training_parser
 from trl_bayes.command_line.rewards import find_rewards
 
 
@@ -29,7 +29,8 @@ SHARED = (
 def main(name: str, argv: list[str]) -> None:
     """Trains one of them and saves its adapter."""
     trainer_class, config_class = TRAINERS[name]
-    arguments = make_arguments(training_parser("kl-rl", KLRLTrainer, __doc__), argv)
+    parser = training_parser("kl-rl", KLRLTrainer, __doc__)
+    arguments = make_arguments(parser, read_command_line(parser, argv)[1])
     settings = {field: getattr(arguments.training, field) for field in SHARED}
     if name != "grpo":
         settings["beta"] = arguments.training.beta

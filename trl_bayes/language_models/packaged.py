@@ -1,4 +1,4 @@
-"""Small language models that come as Python packages, made into folders that every command reads: no model hub is asked."""
+"""Small language models that Python packages ship, made into folders that every command reads, without a hub."""
 
 import importlib.util
 import os
@@ -118,6 +118,8 @@ def make_folder(model: PackagedModel, folder: str | os.PathLike[str]) -> Path:
     )
     plain.save_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)  # some versions of transformers
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)  # do not read them from the file
     tokenizer.model_max_length = model.max_length
     tokenizer.save_pretrained(path)
     return path
