@@ -28,7 +28,8 @@ from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/*/*.yaml"))
+SMOLLM2 = [path for path in ROOT.glob("recipes/smollm2/*/*.yaml") if path.name != "methods.yaml"]
+RECIPES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("recipes/*/*.yaml"), *SMOLLM2])
 READMES = sorted(ROOT.glob("recipes/**/README.md"))
 # Rows with the columns that each data set has on the Hub
 HUB_DATA: dict[str, dict[str, Any]] = {
@@ -83,7 +84,7 @@ def is_for_8_gpus(recipe: str) -> bool:
 
 
 def is_for_a_laptop(recipe: str) -> bool:
-    return read_recipe(str(ROOT / recipe))["model_name_or_path"].startswith("embedded:")
+    return read_recipe(str(ROOT / recipe))["model_name_or_path"].startswith(("embedded:", "models/"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,8 +246,8 @@ def test_it_trains(
     monkeypatch.chdir(ROOT)  # recipes name their data from there
     monkeypatch.setenv("TRL_BAYES_LAUNCHED", "1")
     # A tiny model writes no words and solves no problems
-    written = itertools.cycle(["She is amazing.", "He is not. #### 8", "He is 7. #### 7"])
-    for module in ("contains", "maths"):
+    written = itertools.cycle(["She is amazing, aged 64.", "He is not. #### 8", "He is 7. #### 7", of_every_kind()])
+    for module in ("contains", "json_schema", "maths", "regex"):
         monkeypatch.setattr(f"trl_bayes.rewards.{module}.completion_text", lambda completion: next(written))
     config = stand_in(read_recipe(launch.recipe), tmp_path, tiny_models.policy, tiny_models.reward, classifier)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
@@ -254,13 +255,20 @@ def test_it_trains(
     cli.main([launch.command, "--config", str(tmp_path / "recipe.yaml"), *flags])
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     updates = [entry for entry in history if "loss" in entry]
-    assert len(updates) == 2 and (tmp_path / "out" / "model.safetensors").is_file()
+    assert len(updates) == 2 and any((tmp_path / "out").glob("*model.safetensors"))
     assert all(entry["posterior/frac_unscored"] < 1 for entry in updates)
     # The tiny classifier may find no completion harmless, and then nothing may be learned
     has_evidence = any(entry.get("posterior/frac_no_evidence", 0) < 1 for entry in updates)
     assert any(entry["grad_norm"] > 0 for entry in updates) == has_evidence
     if float(dict(itertools.pairwise(flags)).get("--beta", config.get("beta", 1.0))) > 0:
         assert {"posterior/log_z", "posterior/ess", "posterior/kl_prior"} <= updates[0].keys()
+
+
+def of_every_kind() -> str:
+    """A JSON object with all the keys that a prompt of the JSON recipes asks for."""
+    rows = [json.loads(line) for line in read("recipes/smollm2/json/train.jsonl").splitlines()]
+    keys = {key: kind["type"] for row in rows for key, kind in json.loads(row["schema"])["properties"].items()}
+    return json.dumps({key: 1 if kind == "integer" else "one" for key, kind in keys.items()})
 
 
 def without(flags: tuple[str, ...], *names: str) -> list[str]:

@@ -7,12 +7,12 @@ imports torch and transformers when it is first called.
 from trl_bayes.rewards.build import build_reward, build_rewards
 from trl_bayes.rewards.classifier import classified_as
 from trl_bayes.rewards.contains import contains_word, more_of
+from trl_bayes.rewards.json_schema import valid_json
 from trl_bayes.rewards.length import length_between, length_in
 from trl_bayes.rewards.lexicon import vader_sentiment
 from trl_bayes.rewards.maths import gsm8k_accuracy
 from trl_bayes.rewards.python_syntax import contains_name, max_length, no_syntax_warning, parses
 from trl_bayes.rewards.regex import matches
-from trl_bayes.rewards.valid_json import valid_json
 
 
 __all__ = [
