@@ -254,7 +254,7 @@ def test_the_check_compares_what_the_sampler_reports(shift: float, refused: bool
 
     trainer._generate_single_turn = generate_and_report
     if refused:
-        with pytest.raises(ValueError, match="sampler's log-probabilities differ .* `--logprobs-mode processed"):
+        with pytest.raises(ValueError, match="vLLM's log-probabilities differ .* `--logprobs-mode processed"):
             trainer.train()
     else:
         trainer.train()
