@@ -30,6 +30,7 @@ from trl_bayes.targets import Constraint, Product, Target, Tilt
 pytestmark = pytest.mark.slow
 PROBLEMS = problems()
 Once = Callable[[str, Callable[[], PolicyFit]], PolicyFit]
+SHORT = {"max_steps": 80}  # 20,480 completions, as many as `trl-bayes bench exact` takes
 OURS = [method for method in trainers(PROBLEMS["letters"]) if method.is_ours]
 
 
@@ -60,8 +61,8 @@ def once(
 def test_reaches_the_posterior_like_rloo(method: TrainerSetup, once: Once) -> None:
     problem = PROBLEMS["letters"]
     rloo = next(m for m in trainers(problem) if m.name == "TRL RLOOTrainer")
-    yardstick = once("rloo", lambda: train(problem, rloo).final)
-    fit = train(problem, method).final
+    yardstick = once("rloo", lambda: train(problem, rloo, **SHORT).final)
+    fit = train(problem, method, **SHORT).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025
     assert fit.forward_kl <= 1.15 * yardstick.forward_kl
@@ -102,7 +103,7 @@ def test_pure_rl_collapses(letters_prior: str) -> None:
     exact = problem.task.posteriors(tokenizer, prior, problem.log_potential)
     entropy = mean_fit([compare(posterior, posterior.log_posterior) for posterior in exact]).entropy
     pure = train(
-        problem, TrainerSetup("pure RL", _untargeted(KLRLTrainer), KLRLConfig, {"beta": 0.0}), max_steps=150
+        problem, TrainerSetup("pure RL", _untargeted(KLRLTrainer), KLRLConfig, {"beta": 0.0}), max_steps=60
     ).final
     assert pure.entropy < entropy / 2
     assert pure.forward_kl > 1.0
@@ -127,7 +128,7 @@ def _untargeted(trainer: Callable) -> Callable:
 def test_other_divergences_and_reuse_reach_the_posterior(trainer: Callable, config: Callable, settings: dict) -> None:
     per_step = 128 if "gradient_accumulation_steps" in settings else 256
     method = TrainerSetup("variant", trainer, config, {**settings, "per_device_train_batch_size": per_step})
-    fit = train(PROBLEMS["letters"], method, max_steps=200).final
+    fit = train(PROBLEMS["letters"], method, **SHORT).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025
 
