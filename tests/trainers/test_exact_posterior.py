@@ -69,9 +69,13 @@ def test_reaches_the_posterior_like_rloo(method: TrainerSetup, once: Once) -> No
     assert fit.reverse_kl <= 1.15 * yardstick.reverse_kl
 
 
-@pytest.mark.parametrize("name", ["DPGTrainer", "FDPGTrainer jensen_shannon"])
 @pytest.mark.parametrize(
-    ("samples", "forward_kl", "mass_outside"), [("20k", 0.10, 0.03), ("100k", 0.02, 0.005)], ids=["20k", "100k"]
+    ("name", "samples", "forward_kl", "mass_outside"),
+    [
+        ("DPGTrainer", "20k", 0.10, 0.03),
+        ("FDPGTrainer jensen_shannon", "20k", 0.10, 0.03),
+        ("FDPGTrainer jensen_shannon", "100k", 0.02, 0.005),
+    ],
 )
 def test_conditions_on_a_rare_event(name: str, samples: str, forward_kl: float, mass_outside: float) -> None:
     """An event of prior probability 0.08; log Z is -2.5, where the prior stands."""
@@ -83,12 +87,17 @@ def test_conditions_on_a_rare_event(name: str, samples: str, forward_kl: float, 
 
 
 def test_dpg_gains_from_using_each_sample_four_times() -> None:
-    """A batch used four times: with 25k completions it is nearer to the posterior than on-policy with 60k."""
+    """
+    A batch used four times: with 25k completions it is nearer to the posterior than on-policy with 60k.
+
+    On-policy is as near by then as f-DPG has to be with 100k.
+    """
     problem = PROBLEMS["hard-100k"]
     dpg = next(m for m in trainers(problem) if m.name == "DPGTrainer")
     on_policy = train(problem, dpg, max_steps=469)
     reused = train(problem, dpg, max_steps=4 * 196, num_iterations=4)
     assert (on_policy.samples, reused.samples) == (60_032, 25_088)
+    assert on_policy.final.forward_kl <= 0.02
     assert reused.final.forward_kl <= on_policy.final.forward_kl
     assert reused.final.mass_outside <= on_policy.final.mass_outside
 

@@ -118,7 +118,7 @@ def test_moments_among_what_a_hard_constraint_allows() -> None:
 @repeats
 def test_best_of_4_by_training(kept: dict[str, Any]) -> None:
     """The law of best-of-4 sampling, in one sample: `KL = log 4 - 3/4` and a win rate of 4/5."""
-    row = run_law(next(law for law in laws() if law.name == "best of 4"), **kept)
+    row = run_law(next(law for law in laws() if law.name == "best of 4"), **kept | {"max_steps": 160})
     assert row.policy.kl_prior == pytest.approx(math.log(4) - 3 / 4, rel=0.05)
     assert row.policy.plain == pytest.approx(4 / 5, rel=0.05)
 
@@ -130,7 +130,7 @@ ORACLE = {"u": (0.774, 0.800, 0.886), "exp(10u)": (0.712, 0.872, 0.676), "-exp(-
 @repeats
 @pytest.mark.parametrize("name", ORACLE)
 def test_infalign_oracle(name: str, kept: dict[str, Any]) -> None:
-    row = run_law(next(law for law in laws() if law.name == name), **kept)
+    row = run_law(next(law for law in laws() if law.name == name), **kept | {"max_steps": 160})
     assert row.posterior[1:] == pytest.approx(ORACLE[name], abs=0.005)
     assert row.policy[1:] == pytest.approx(ORACLE[name], abs=0.02)
     assert row.policy.kl_prior == pytest.approx(0.5, abs=0.05)
