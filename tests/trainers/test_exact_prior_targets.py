@@ -182,7 +182,7 @@ def test_chi_squared(beta: float, trainer: Callable[..., Any], config: Callable[
     target = ChiSquared(beta)
     if trainer is KLRLTrainer:
         target.hard = False
-    trained = train_on(LETTERS, trainer, config, target, partition="known", max_steps=120)
+    trained = train_on(LETTERS, trainer, config, target, partition="known", max_steps=160)
     phi = chi_squared_evidence(trained.rewards[:, 0], trained.log_prior, beta)
     fit = distance(trained, phi)
     assert fit.forward_kl <= 0.03
