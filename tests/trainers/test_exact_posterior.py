@@ -6,7 +6,6 @@ task and with the same optimizer is the yardstick. Training is deterministic giv
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -158,11 +157,10 @@ def test_product_of_a_tilt_and_a_constraint() -> None:
     assert fit.mass_outside <= 0.01
 
 
-@pytest.mark.parametrize("name", ["KLRLTrainer", "DPGTrainer"])
-def test_posterior_of_a_prior_that_is_not_the_start(name: str, tmp_path: Path) -> None:
+def test_posterior_of_a_prior_that_is_not_the_start() -> None:
     """Training starts from another model; the posterior is that of `prior_model_name_or_path`."""
     problem = PROBLEMS["letters"]
-    method = next(m for m in OURS if m.name == name)
-    fit = train(problem, method, start_seed=7, max_steps=300).final
+    dpg = next(m for m in OURS if m.name == "DPGTrainer")
+    fit = train(problem, dpg, start_seed=7, max_steps=300).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025
