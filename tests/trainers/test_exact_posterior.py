@@ -86,19 +86,14 @@ def test_conditions_on_a_rare_event(name: str, samples: str, forward_kl: float, 
 
 
 def test_dpg_gains_from_using_each_sample_four_times() -> None:
-    """
-    A batch used four times: with 25k completions it is nearer to the posterior than on-policy with 60k.
-
-    On-policy is as near by then as f-DPG has to be with 100k.
-    """
+    """A batch used four times: with 13k completions it is nearer to the posterior than on-policy with 30k."""
     problem = PROBLEMS["hard-100k"]
     dpg = next(m for m in trainers(problem) if m.name == "DPGTrainer")
-    on_policy = train(problem, dpg, max_steps=469)
-    reused = train(problem, dpg, max_steps=4 * 196, num_iterations=4)
-    assert (on_policy.samples, reused.samples) == (60_032, 25_088)
-    assert on_policy.final.forward_kl <= 0.02
-    assert reused.final.forward_kl <= on_policy.final.forward_kl
-    assert reused.final.mass_outside <= on_policy.final.mass_outside
+    on_policy = train(problem, dpg, max_steps=234)
+    reused = train(problem, dpg, max_steps=4 * 98, num_iterations=4)
+    assert (on_policy.samples, reused.samples) == (29_952, 12_544)
+    assert reused.final.forward_kl <= min(0.025, on_policy.final.forward_kl / 2)
+    assert reused.final.mass_outside <= min(0.01, on_policy.final.mass_outside / 2)
 
 
 def test_pure_rl_collapses(letters_prior: str) -> None:
