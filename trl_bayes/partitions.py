@@ -3,6 +3,7 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -225,16 +226,20 @@ def make_partition(name: str, target: Target) -> Partition:
     Raises:
         ValueError: no such name, or a target that it cannot work with; one sentence.
     """
-    makers = {kind.name: kind for kind in (LeaveOneOut, Running, FromPriorSamples)}
     if name not in PARTITIONS:
         raise ValueError(f"Unknown `partition={name!r}`: use one of {list(PARTITIONS)}.")
-    partition = Known(target) if name == Known.name else makers[name]()
+    partition = PARTITIONS[name](target)
     partition.check(target)
     return partition
 
 
-PARTITIONS = tuple(kind.name for kind in (LeaveOneOut, Running, FromPriorSamples, Known))
-"""Names that a configuration can give."""
+PARTITIONS: dict[str, Callable[[Target], Partition]] = {
+    LeaveOneOut.name: lambda target: LeaveOneOut(),
+    Running.name: lambda target: Running(),
+    FromPriorSamples.name: lambda target: FromPriorSamples(),
+    Known.name: Known,
+}
+"""By the names that a configuration can give: what makes one for a target."""
 
 
 def _keys(group: Group) -> torch.Tensor:

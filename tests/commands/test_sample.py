@@ -3,8 +3,9 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_bayes import cli
 from trl_bayes.benchmarks.tiny import build_tiny_model, letter_count_task
 from trl_bayes.command_line.sampling import SampleArguments
+from trl_bayes.samplers import METHODS, Method
 
 
 TASK = letter_count_task()
@@ -237,15 +239,24 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.index("--num_particles") < printed.index("ModelConfig (trl):")
 
 
-def test_every_option_of_a_method_is_an_argument() -> None:
-    for name in ("num_candidates", "log_bound", "kernel", "draws_per_run", "max_log_potential"):
-        assert name in SampleArguments.__dataclass_fields__
-    from dataclasses import fields
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_every_setting_of_a_method_is_a_flag(method: type[Method]) -> None:
+    """Without a default, so that what is not given is the method's own."""
+    defaults = {setting.name: setting.default for setting in fields(cast(Any, method))}
+    assert SampleArguments(method=method.name).make_method() == method()
+    assert all(SampleArguments.__dataclass_fields__[name].default is None for name in defaults)
+    if defaults:
+        name, value = next((name, value) for name, value in defaults.items() if value not in (None, False))
+        assert getattr(SampleArguments(method=method.name, **{name: value}).make_method(), name) == value
 
-    from trl_bayes.samplers import METHODS
 
-    for method in METHODS.values():
-        assert {field.name for field in fields(method)} <= SampleArguments.__dataclass_fields__.keys()
+def test_the_flags_of_methods_say_whose_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "MethodOptions (trl_bayes):" in printed
+    assert "rejection, smc: the largest phi of any completion; a constraint's is known to be 0" in printed
+    assert "quasi_rejection: total variation allowed where B is chosen (0.02)" in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

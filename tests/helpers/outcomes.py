@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers import textbook
 from trl_bayes.divergences import Divergence, get_divergence
-from trl_bayes.estimators import Estimator, group_terms
+from trl_bayes.estimators import Estimator
 from trl_bayes.groups import Group
 from trl_bayes.partitions import fixed_log_z
 
@@ -139,6 +139,6 @@ def expected_gradient(estimator: Estimator, target: Space, log_q: Tensor, group_
     y = groups.outcomes
     prior = LOG_PRIOR[y]
     group = Group(LOG_POLICY[y], log_q[y], prior, phi=target.log_target[y] - prior)
-    terms = group_terms(group, fixed_log_z(target.log_z.expand(len(y)), group), estimator)
+    terms = estimator.terms(group, fixed_log_z(target.log_z.expand(len(y)), group))
     coefficient = estimator.coefficient(terms.sequences(group.log_policy))
     return groups.expectation(group_gradient(coefficient, y))

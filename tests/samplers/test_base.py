@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from trl_bayes import samplers
 from trl_bayes.benchmarks.tiny import EnumerableTask, build_tiny_model
 from trl_bayes.samplers import (
     METHODS,
@@ -249,7 +250,10 @@ def test_a_proposal_stops_where_the_prior_does(folders: dict[str, str], tokenize
 
 
 def test_names_of_methods() -> None:
-    assert list(METHODS) == ["prior", "best_of_n", "rejection", "quasi_rejection", "mcmc", "smc"]
+    """All that the package has, each under a name of its own, by which its class is found."""
+    classes = [value for value in vars(samplers).values() if isinstance(value, type) and issubclass(value, Method)]
+    assert {*METHODS.values()} == {*classes} - {Method}
+    assert all(METHODS[method.name] is method for method in METHODS.values())
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_bayes.samplers import HasPartialEvidence, Rejection, SequentialMonteCarlo
-from trl_bayes.samplers.smc import conditional_systematic, partial_evidence, systematic
+from trl_bayes.samplers import Rejection, SequentialMonteCarlo
+from trl_bayes.samplers.smc import conditional_systematic, systematic
 from trl_bayes.targets import Constraint, Product, Tilt
 
 
@@ -154,10 +154,10 @@ class Counting(Tilt):
 
 
 def test_the_twist_of_a_target(table_source: Any, rng: numpy.random.Generator) -> None:
-    assert isinstance(Counting(1.0), HasPartialEvidence) and not isinstance(Tilt(1.0), HasPartialEvidence)
-    assert partial_evidence(Product([Tilt(1.0), Constraint()])) is None
-    both = partial_evidence(Product([Counting(1.0), Tilt(1.0), Counting(2.0)]))
-    assert both is not None and torch.as_tensor(both(["1"], ["ab"])).tolist() == pytest.approx([2 * 1.7])
+    assert Counting(1.0).guesses_early and not Tilt(1.0).guesses_early
+    assert not Product([Tilt(1.0), Constraint()]).guesses_early
+    both = Product([Counting(1.0), Tilt(1.0), Product([Counting(2.0)])])
+    assert both.guesses_early and both.partial_log_potential(["1"], ["ab"]).tolist() == pytest.approx([2 * 1.7])
     source = table_source(Counting(0.7))
     draws = SequentialMonteCarlo(8, tokens_per_step=1, ess_threshold=1.0).draw(source, 20, rng)
     assert draws.diagnostics["has_twist"] and draws.diagnostics["num_resamplings_per_run"] > 1

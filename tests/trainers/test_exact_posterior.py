@@ -6,7 +6,6 @@ task and with the same optimizer is the yardstick. Training is deterministic giv
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from trl_bayes.targets import Constraint, Product, Target, Tilt
 pytestmark = pytest.mark.slow
 PROBLEMS = problems()
 Once = Callable[[str, Callable[[], PolicyFit]], PolicyFit]
+SHORT = {"max_steps": 80}  # 20,480 completions, as many as `trl-bayes bench exact` takes
 OURS = [method for method in trainers(PROBLEMS["letters"]) if method.is_ours]
 
 
@@ -60,17 +60,21 @@ def once(
 def test_reaches_the_posterior_like_rloo(method: TrainerSetup, once: Once) -> None:
     problem = PROBLEMS["letters"]
     rloo = next(m for m in trainers(problem) if m.name == "TRL RLOOTrainer")
-    yardstick = once("rloo", lambda: train(problem, rloo).final)
-    fit = train(problem, method).final
+    yardstick = once("rloo", lambda: train(problem, rloo, **SHORT).final)
+    fit = train(problem, method, **SHORT).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025
     assert fit.forward_kl <= 1.15 * yardstick.forward_kl
     assert fit.reverse_kl <= 1.15 * yardstick.reverse_kl
 
 
-@pytest.mark.parametrize("name", ["DPGTrainer", "FDPGTrainer jensen_shannon"])
 @pytest.mark.parametrize(
-    ("samples", "forward_kl", "mass_outside"), [("20k", 0.10, 0.03), ("100k", 0.02, 0.005)], ids=["20k", "100k"]
+    ("name", "samples", "forward_kl", "mass_outside"),
+    [
+        ("DPGTrainer", "20k", 0.10, 0.03),
+        ("FDPGTrainer jensen_shannon", "20k", 0.10, 0.03),
+        ("FDPGTrainer jensen_shannon", "100k", 0.02, 0.005),
+    ],
 )
 def test_conditions_on_a_rare_event(name: str, samples: str, forward_kl: float, mass_outside: float) -> None:
     """An event of prior probability 0.08; log Z is -2.5, where the prior stands."""
@@ -82,14 +86,14 @@ def test_conditions_on_a_rare_event(name: str, samples: str, forward_kl: float, 
 
 
 def test_dpg_gains_from_using_each_sample_four_times() -> None:
-    """A batch used four times: with 25k completions it is nearer to the posterior than on-policy with 60k."""
+    """A batch used four times: with 13k completions it is nearer to the posterior than on-policy with 30k."""
     problem = PROBLEMS["hard-100k"]
     dpg = next(m for m in trainers(problem) if m.name == "DPGTrainer")
-    on_policy = train(problem, dpg, max_steps=469)
-    reused = train(problem, dpg, max_steps=4 * 196, num_iterations=4)
-    assert (on_policy.samples, reused.samples) == (60_032, 25_088)
-    assert reused.final.forward_kl <= on_policy.final.forward_kl
-    assert reused.final.mass_outside <= on_policy.final.mass_outside
+    on_policy = train(problem, dpg, max_steps=234)
+    reused = train(problem, dpg, max_steps=4 * 98, num_iterations=4)
+    assert (on_policy.samples, reused.samples) == (29_952, 12_544)
+    assert reused.final.forward_kl <= min(0.025, on_policy.final.forward_kl / 2)
+    assert reused.final.mass_outside <= min(0.01, on_policy.final.mass_outside / 2)
 
 
 def test_pure_rl_collapses(letters_prior: str) -> None:
@@ -102,7 +106,7 @@ def test_pure_rl_collapses(letters_prior: str) -> None:
     exact = problem.task.posteriors(tokenizer, prior, problem.log_potential)
     entropy = mean_fit([compare(posterior, posterior.log_posterior) for posterior in exact]).entropy
     pure = train(
-        problem, TrainerSetup("pure RL", _untargeted(KLRLTrainer), KLRLConfig, {"beta": 0.0}), max_steps=150
+        problem, TrainerSetup("pure RL", _untargeted(KLRLTrainer), KLRLConfig, {"beta": 0.0}), max_steps=60
     ).final
     assert pure.entropy < entropy / 2
     assert pure.forward_kl > 1.0
@@ -127,7 +131,7 @@ def _untargeted(trainer: Callable) -> Callable:
 def test_other_divergences_and_reuse_reach_the_posterior(trainer: Callable, config: Callable, settings: dict) -> None:
     per_step = 128 if "gradient_accumulation_steps" in settings else 256
     method = TrainerSetup("variant", trainer, config, {**settings, "per_device_train_batch_size": per_step})
-    fit = train(PROBLEMS["letters"], method, max_steps=200).final
+    fit = train(PROBLEMS["letters"], method, **SHORT).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025
 
@@ -148,11 +152,10 @@ def test_product_of_a_tilt_and_a_constraint() -> None:
     assert fit.mass_outside <= 0.01
 
 
-@pytest.mark.parametrize("name", ["KLRLTrainer", "DPGTrainer"])
-def test_posterior_of_a_prior_that_is_not_the_start(name: str, tmp_path: Path) -> None:
+def test_posterior_of_a_prior_that_is_not_the_start() -> None:
     """Training starts from another model; the posterior is that of `prior_model_name_or_path`."""
     problem = PROBLEMS["letters"]
-    method = next(m for m in OURS if m.name == name)
-    fit = train(problem, method, start_seed=7, max_steps=300).final
+    dpg = next(m for m in OURS if m.name == "DPGTrainer")
+    fit = train(problem, dpg, start_seed=7, max_steps=300).final
     assert fit.forward_kl <= 0.025
     assert fit.reverse_kl <= 0.025

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_bayes.divergences import get_divergence
-from trl_bayes.estimators import ImportanceWeights, PolicyGradient, ScoreFunction, group_terms, sequence_loss
+from trl_bayes.estimators import ImportanceWeights, PolicyGradient, ScoreFunction
 from trl_bayes.estimators.base import Estimator
 from trl_bayes.groups import Group
 from trl_bayes.partitions import LeaveOneOut, LogZ, Partition, Running
@@ -30,7 +30,7 @@ def at_the_prior(phi: list[float], keys: bool = True) -> Group:
 def logged(group: Group, partition: Partition, target: Target | None = None, estimator: Estimator | None = None):
     estimator = estimator or ImportanceWeights(get_divergence("forward_kl"))
     log_z = partition.log_z(group)
-    terms = group_terms(group, log_z, estimator)
+    terms = estimator.terms(group, log_z)
     return group_metrics(group, terms, log_z, estimator, target or Tilt(beta=0.1))
 
 
@@ -105,8 +105,8 @@ def test_a_lone_success_logs_nothing_that_cannot_be(successes: int) -> None:
     estimator = ScoreFunction(get_divergence("jensen_shannon"))
     metrics = logged(group, LeaveOneOut(), estimator=estimator)
     assert 0 <= metrics["posterior/forward_kl"] <= math.log(G) + 0.01
-    terms = group_terms(group, LeaveOneOut().log_z(group), estimator)
-    loss, _ = sequence_loss(group.log_policy[0], type(terms)(*(term[0] for term in terms)), estimator)
+    terms = estimator.terms(group, LeaveOneOut().log_z(group))
+    loss, _ = estimator.loss(group.log_policy[0], type(terms)(*(term[0] for term in terms)))
     assert 0 <= loss.item() <= math.log(2)
 
 

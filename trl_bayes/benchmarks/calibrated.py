@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -49,12 +50,13 @@ class CalibratedArguments(SectionArguments):
 
 
 def run(args: CalibratedArguments, progress: Progress) -> Iterator[Findings]:
-    """Trains a policy for each law."""
+    """Trains a policy for each law; they share their samples of the prior."""
     quiet()
     rows: list[LawRates] = []
-    for law in progress.track(laws(), description="calibrated targets"):
-        rows.append(run_law(law, max_steps=args.max_steps, seed=args.seed))
-        yield Findings([to_record(row) for row in rows], to_markdown(rows))
+    with TemporaryDirectory() as kept:
+        for law in progress.track(laws(), description="calibrated targets"):
+            rows.append(run_law(law, max_steps=args.max_steps, seed=args.seed, prior_samples_dir=kept))
+            yield Findings([to_record(row) for row in rows], to_markdown(rows))
 
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"

@@ -40,6 +40,13 @@ class EvaluateArguments(StudyArguments):
 
     This class includes only the parameters that are not in [`~trl_bayes.command_line.arguments.StudyArguments`].
 
+    All policies are compared with one posterior, that of the recipe and its prior. A target that learns, such as
+    `Moments`, is fitted to the samples of the prior that are drawn here, for these prompts, and not read from a
+    policy's checkpoint: what a checkpoint has learned belongs to its own prior and data, which its folder does not
+    name. Where a policy was trained on other prompts, or on more of them, its own target differs, and its distance
+    includes that. For the same fit take the same prompts (`max_prompts`), and the training's samples, as many of
+    them: its `prior_samples_dir`, with `num_reference_samples` as its `num_prior_samples`.
+
     Parameters:
         policies (`list[str]`):
             What to evaluate, each as `PATH` or `NAME=PATH`: folders or ids of models, checkpoints, outputs of TRL's

@@ -4,9 +4,9 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args, get_type_hints
 
 import torch
 from rich.table import Table
@@ -27,17 +27,48 @@ DATA = "train.parquet"
 DIAGNOSTICS = "diagnostics.json"
 
 
-def _option(method: str, text: str) -> Any:
-    return field(default=None, metadata={"help": f"{method}: {text}"})
+def _method_options() -> type:
+    """
+    The settings of all methods as flags, of which none has a default: what is not given is the method's own.
+
+    Their words are those of [`~trl_bayes.samplers.setting`], with the names of the methods that take them.
+    """
+    found: dict[str, list[str]] = {}  # the methods of each setting
+    types: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    for name, method in METHODS.items():
+        hints = get_type_hints(method)
+        for option in fields(cast(Any, method)):
+            found.setdefault(option.name, []).append(name)
+            types.setdefault(option.name, _flag_type(hints[option.name]) | None)
+            default = "" if option.default in (None, MISSING) else f" ({option.default})"
+            words.setdefault(option.name, option.metadata.get("help", "").removesuffix(".") + default)
+    return make_dataclass(
+        "MethodOptions",
+        [
+            (name, types[name], field(default=None, metadata={"help": f"{', '.join(methods)}: {words[name]}"}))
+            for name, methods in found.items()
+        ],
+        namespace={"__module__": __name__},
+    )
+
+
+def _flag_type(hint: Any) -> type:
+    """The type of a setting that can stand on a command line; a text where it is one of some names."""
+    simple = (part for part in (hint, *get_args(hint)) if part in (bool, int, float, str))
+    return next(simple, str)
+
+
+MethodOptions: Any = _method_options()
 
 
 @dataclass
-class SampleArguments(StudyArguments):
+class SampleArguments(MethodOptions, StudyArguments):
     r"""
     Arguments of `trl-bayes sample`.
 
     This class includes only the parameters that are not in [`~trl_bayes.command_line.arguments.StudyArguments`]; the
-    options of a method are the fields of its class in [`trl_bayes.samplers`].
+    options of a method are the settings of its class in [`trl_bayes.samplers`].
 
     Parameters:
         method (`str`, *optional*, defaults to `"rejection"`):
@@ -75,27 +106,6 @@ class SampleArguments(StudyArguments):
             "EOS; for models with the same tokenizer."
         },
     )
-
-    num_candidates: int | None = _option("best_of_n", "N (4).")
-    max_log_potential: float | None = _option(
-        "rejection, smc", "the largest phi of any completion; a constraint's is known to be 0."
-    )
-    max_attempts: int | None = _option(
-        "rejection, quasi_rejection", "completions drawn for each sample, at most (1000)."
-    )
-    log_bound: float | None = _option("quasi_rejection", "log B; by default chosen from a pilot.")
-    tolerance: float | None = _option("quasi_rejection", "total variation allowed where B is chosen (0.02).")
-    num_pilot: int | None = _option("quasi_rejection", "completions of each prompt in the pilot (512).")
-    kernel: str | None = _option("mcmc", "prefix or independence (prefix).")
-    num_steps: int | None = _option("mcmc", "steps before the first draw (64).")
-    num_chains: int | None = _option("mcmc", "chains of each prompt; by default one for each sample.")
-    thin: int | None = _option("mcmc", "steps between the draws of a chain (8).")
-    num_particles: int | None = _option("smc", "N (32).")
-    tokens_per_step: int | None = _option("smc", "tokens between two looks at the weights (4).")
-    ess_threshold: float | None = _option("smc", "resample below this share of effective particles (0.5).")
-    twist: str | None = _option("smc", "target or rewards (target).")
-    draws_per_run: int | None = _option("smc", "draws of each run; by default all particles.")
-    upper_bound: bool | None = _option("smc", "estimate an upper bound on log Z too.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,12 +1,11 @@
 """Estimators: from a weighted group to the factor of `grad log pi`; one file an estimator, pure functions."""
 
-from .base import Estimator, Sequences
+from .base import Estimator, Sequences, Terms
 from .baselines import leave_one_out_baseline, leave_one_out_mean
 from .divergence_estimates import DivergenceEstimates, divergence_estimates
 from .importance_weights import ImportanceWeights, importance_coefficient
 from .policy_gradient import PolicyGradient, PureRL
 from .score_function import ScoreFunction, score_function_coefficient
-from .terms import Terms, group_terms, sequence_loss
 from .trajectory_balance import TrajectoryBalance, trajectory_balance_coefficient, vargrad_log_z
 
 
@@ -21,12 +20,10 @@ __all__ = [
     "Terms",
     "TrajectoryBalance",
     "divergence_estimates",
-    "group_terms",
     "importance_coefficient",
     "leave_one_out_baseline",
     "leave_one_out_mean",
     "score_function_coefficient",
-    "sequence_loss",
     "trajectory_balance_coefficient",
     "vargrad_log_z",
 ]

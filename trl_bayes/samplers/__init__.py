@@ -7,14 +7,14 @@ A [`Sampler`] applies a method to models: [`BestOfN`], [`Rejection`], [`QuasiRej
 
 from ..language_models.completions import Completions
 from ..language_models.settings import SamplingSettings
-from .base import Method
+from .base import Method, setting
 from .best_of_n import BestOfN, kl_of_best_of_n
 from .importance import Importance
 from .mcmc import MetropolisHastings
 from .quasi_rejection import QuasiRejection, TradeOff, trade_off
 from .rejection import Rejection
 from .sampler import Sampler
-from .smc import HasPartialEvidence, SequentialMonteCarlo
+from .smc import SequentialMonteCarlo
 from .source import CompletionSource, SamplingError
 
 
@@ -29,7 +29,6 @@ __all__ = [
     "BestOfN",
     "Completions",
     "CompletionSource",
-    "HasPartialEvidence",
     "Importance",
     "Method",
     "MetropolisHastings",
@@ -41,5 +40,6 @@ __all__ = [
     "SequentialMonteCarlo",
     "TradeOff",
     "kl_of_best_of_n",
+    "setting",
     "trade_off",
 ]

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any, ClassVar
 
 import numpy
@@ -19,7 +19,8 @@ class Method(ABC):
     """
     A way to sample the posterior: an algorithm on completions and their weights that knows no model.
 
-    A subclass is a frozen dataclass of the algorithm's settings, which it checks when it is made.
+    A subclass is a frozen dataclass of the algorithm's settings, which it checks when it is made. Each of them is a
+    flag of `trl-bayes sample` too, which its help explains if it is made by [`setting`].
     """
 
     name: ClassVar[str]
@@ -40,6 +41,11 @@ class Method(ABC):
         Returns:
             [`~trl_bayes.language_models.completions.Completions`]: from [`as_draws`].
         """
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field of a [`Method`], with what `trl-bayes sample --help` says of it."""
+    return field(default=default, metadata={"help": text})
 
 
 def as_draws(

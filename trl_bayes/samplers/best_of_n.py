@@ -9,7 +9,7 @@ import torch
 
 from ..language_models.completions import Completions
 from ..language_models.settings import at_least
-from .base import Method, as_draws
+from .base import Method, as_draws, setting
 from .source import CompletionSource
 
 
@@ -33,7 +33,7 @@ class BestOfN(Method):
 
     name: ClassVar[str] = "best_of_n"
 
-    num_candidates: int = 4
+    num_candidates: int = setting(4, "N.")
 
     def __post_init__(self) -> None:
         at_least("num_candidates", self.num_candidates)

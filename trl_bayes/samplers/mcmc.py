@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..language_models.completions import Completions
 from ..language_models.settings import at_least
-from .base import Method, as_draws
+from .base import Method, as_draws, setting
 from .source import CompletionSource
 
 
@@ -52,10 +52,10 @@ class MetropolisHastings(Method):
 
     name: ClassVar[str] = "mcmc"
 
-    kernel: Kernel = "prefix"
-    num_steps: int = 64
-    num_chains: int | None = None
-    thin: int = 8
+    kernel: Kernel = setting("prefix", "prefix or independence.")
+    num_steps: int = setting(64, "steps before the first draw.")
+    num_chains: int | None = setting(None, "chains of each prompt; by default one for each sample.")
+    thin: int = setting(8, "steps between the draws of a chain.")
 
     def __post_init__(self) -> None:
         at_least("num_steps", self.num_steps)

@@ -13,7 +13,7 @@ from ..language_models.completions import Completions
 from ..language_models.settings import at_least
 from ..statistics.estimate import MIN_EFFECTIVE_SAMPLES, Estimate
 from ..statistics.log_z import log_z_per_prompt
-from .base import Method, as_draws
+from .base import Method, as_draws, setting
 from .rejection import accept_until
 from .source import CompletionSource
 
@@ -63,10 +63,10 @@ class QuasiRejection(Method):
 
     name: ClassVar[str] = "quasi_rejection"
 
-    log_bound: float | None = None
-    tolerance: float = 0.02
-    num_pilot: int = 512
-    max_attempts: int = 1000
+    log_bound: float | None = setting(None, "log B; by default chosen from a pilot.")
+    tolerance: float = setting(0.02, "total variation allowed where B is chosen.")
+    num_pilot: int = setting(512, "completions of each prompt in the pilot.")
+    max_attempts: int = setting(1000, "completions drawn for each sample, at most.")
 
     def __post_init__(self) -> None:
         at_least("num_pilot", self.num_pilot)

@@ -13,7 +13,7 @@ from ..language_models.completions import Completions
 from ..language_models.settings import at_least
 from ..statistics.log_z import log_z_per_prompt
 from ..targets import Target
-from .base import Method, as_draws
+from .base import Method, as_draws, setting
 from .source import CompletionSource, SamplingError, gather
 
 
@@ -40,8 +40,10 @@ class Rejection(Method):
 
     name: ClassVar[str] = "rejection"
 
-    max_log_potential: float | None = None
-    max_attempts: int = 1000
+    max_log_potential: float | None = setting(
+        None, "the largest phi of any completion; a constraint's is known to be 0."
+    )
+    max_attempts: int = setting(1000, "completions drawn for each sample, at most.")
 
     def __post_init__(self) -> None:
         at_least("max_attempts", self.max_attempts)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -13,25 +13,14 @@ from ..language_models.completions import Completions, Prompt
 from ..language_models.settings import at_least
 from ..statistics.estimate import Estimate, stratified_mean
 from ..statistics.log_z import log_z_per_prompt
-from ..targets import Product, Target
-from .base import Method, as_draws
+from ..targets import Target
+from .base import Method, as_draws, setting
 from .rejection import Rejection
 from .source import CompletionSource, gather
 
 
 Twist = Callable[[list[Prompt], list[str]], Sequence[float] | Tensor]
 """Evidence of unfinished completions, in nats, from their prompts and texts."""
-
-
-@runtime_checkable
-class HasPartialEvidence(Protocol):
-    """A target that can say something about unfinished completions."""
-
-    def partial_log_potential(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
-        """`log psi` (M,), in nats: a guess of how much evidence a completion that begins so will have.
-
-        Any guess leaves the result correct, as long as it is `-inf` only where no continuation can have evidence.
-        """
 
 
 @dataclass(frozen=True)
@@ -72,13 +61,13 @@ class SequentialMonteCarlo(Method):
 
     name: ClassVar[str] = "smc"
 
-    num_particles: int = 32
-    tokens_per_step: int = 4
-    ess_threshold: float = 0.5
-    twist: str | Twist = "target"
-    draws_per_run: int | None = None
-    upper_bound: bool = False
-    max_log_potential: float | None = None
+    num_particles: int = setting(32, "N.")
+    tokens_per_step: int = setting(4, "tokens between two looks at the weights.")
+    ess_threshold: float = setting(0.5, "resample below this share of effective particles.")
+    twist: str | Twist = setting("target", "target or rewards.")
+    draws_per_run: int | None = setting(None, "draws of each run; by default all particles.")
+    upper_bound: bool = setting(False, "estimate an upper bound on log Z too.")
+    max_log_potential: float | None = setting(None, "the largest phi of any completion, for `upper_bound`.")
 
     def __post_init__(self) -> None:
         at_least("num_particles", self.num_particles)
@@ -192,27 +181,15 @@ def _values(source: CompletionSource, twist: str | Twist) -> ValueFunction | Non
     """`log v` of unfinished completions: their `log pi_0 + log psi - log q`; `None` without a twist."""
     if twist == "rewards":
         return lambda index, ids: source.evaluate(index, ids).log_weights
-    function = partial_evidence(source.target) if twist == "target" else twist
-    if function is None or isinstance(function, str):
+    if isinstance(twist, str) and not source.target.guesses_early:
         return None
+    function = source.target.partial_log_potential if isinstance(twist, str) else twist
 
     def values(index: Tensor, ids: list[list[int]]) -> Tensor:
         log_twist = function([source.prompts[i] for i in index.tolist()], source.decode(ids))
         return source.log_ratio(index, ids) + torch.as_tensor(log_twist, dtype=torch.float64)
 
     return values
-
-
-def partial_evidence(target: Target) -> Twist | None:
-    """What a target says of unfinished completions; of a product, the sum over the factors that say something."""
-    if isinstance(target, HasPartialEvidence):
-        return target.partial_log_potential
-    if not isinstance(target, Product):
-        return None
-    parts = [part for part in map(partial_evidence, target.factors) if part is not None]
-    if not parts:
-        return None
-    return lambda prompts, texts: sum(torch.as_tensor(part(prompts, texts)) for part in parts)  # type: ignore[return-value]
 
 
 @dataclass(eq=False)

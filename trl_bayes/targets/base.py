@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..language_models.completions import Prompt
 from ..prior import Context, PriorScores
 
 
@@ -150,6 +151,20 @@ class Target(ABC):
         it only once it is fitted.
         """
         return None
+
+    def partial_log_potential(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> torch.Tensor:
+        """
+        `log psi`, a guess of how much evidence a completion that begins so will have, `(N,)` in nats; 0 by default.
+
+        It guides [`~trl_bayes.samplers.SequentialMonteCarlo`]. Any guess leaves the result correct, as long as it is
+        `-inf` only where no continuation can have evidence.
+        """
+        return torch.zeros(len(texts))
+
+    @property
+    def guesses_early(self) -> bool:
+        """Whether [`~Target.partial_log_potential`] says anything: where a subclass implements it."""
+        return type(self).partial_log_potential is not Target.partial_log_potential
 
     def require_context(self, context: Context | None) -> Context:
         """The context, which a target that needs it must have been given."""

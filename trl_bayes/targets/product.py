@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..language_models.completions import Prompt
 from ..prior import Context, PriorScores
 from .base import Target
 from .build import build_target
@@ -69,6 +70,15 @@ class Product(Target):
             # A factor without any reward for a completion adds nothing to it, which may be more than its bound
             total += max(bound, 0.0) if factor.reads_rewards and len(self.factors) > 1 else bound
         return total
+
+    def partial_log_potential(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> torch.Tensor:
+        """The sum over the factors, of which most say nothing."""
+        each = [torch.as_tensor(factor.partial_log_potential(prompts, texts)) for factor in self.factors]
+        return torch.stack(each).sum(dim=0)
+
+    @property
+    def guesses_early(self) -> bool:
+        return any(factor.guesses_early for factor in self.factors)
 
     def warn_of_too_few_samples(self, num_samples: int) -> None:
         for factor in self.factors:

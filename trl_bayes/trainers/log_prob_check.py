@@ -25,12 +25,14 @@ class Check(NamedTuple):
     """Log-probabilities that are to be those of a model."""
 
     whose: str
-    """For the message: `"policy's"`, `"prior's"` or `"sampler's"`."""
+    """For the message, such as `"policy's"`."""
     model: Any
     scored: torch.Tensor
     """Per-token log-probabilities of the whole batch, `(B, T)`, in nats; NaN where there is none."""
     using: Callable[[], AbstractContextManager[Any]] = nullcontext
     """In which the model is the one that was scored, such as an adapter switched off."""
+    source: str | None = None
+    """What has scored, if not the trainer: where the cause of a difference then is, one of [`CAUSES`]."""
 
 
 Batch = dict[str, Any]
@@ -55,7 +57,8 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
     """
     checks = [Check("policy's", trainer.model, policy)]
     if "sampling_per_token_logps" in batch:
-        checks.append(Check("sampler's", trainer.model, batch["sampling_per_token_logps"]))
+        whose, source = ("vLLM's", "vllm") if trainer.rollout_func is None else ("`rollout_func`'s", "rollout_func")
+        checks.append(Check(whose, trainer.model, batch["sampling_per_token_logps"], source=source))
     if "ref_per_token_logps" in batch:
         prior = trainer.model if trainer.ref_model is None else trainer.ref_model
         checks.append(Check("prior's", prior, batch["ref_per_token_logps"], lambda: _as_prior(trainer)))
@@ -64,8 +67,7 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
     for check in checks:
         with check.using(), evaluating(check.model):
             plain = plain_log_probs(check.model, batch, rows, trainer.temperature)
-        is_sampler = check.whose == "sampler's"
-        exact = not is_sampler and trainer.accelerator.mixed_precision == "no" and _is_exact(check.model)
+        exact = check.source is None and trainer.accelerator.mixed_precision == "no" and _is_exact(check.model)
         allowed = TOLERANCE if exact else TOLERANCE_OF_ROUNDING
 
         def difference(scored: torch.Tensor, plain: torch.Tensor = plain) -> float:
@@ -74,7 +76,7 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
 
         found = difference(check.scored[rows])
         if not found <= allowed:  # NaN differs
-            cause = "sampler" if is_sampler else _find_cause(check, batch, rows, score, difference, allowed)
+            cause = check.source or _find_cause(check, batch, rows, score, difference, allowed)
             raise ValueError(
                 f"The {check.whose} log-probabilities differ by {found:.2g} nats per token from those of a plain "
                 f"forward pass (rounding explains {allowed:.2g}), so the result would not be the posterior: "
@@ -177,7 +179,9 @@ CAUSES = {
     "prompts of equal length, or a model that `generate` gives positions to.",
     "head": "the model transforms its logits in a way that TRL's fused language-model head does not know; use another "
     "architecture.",
-    "sampler": "the sampler reports them before the temperature is applied, or has other weights; start a vLLM server "
+    "vllm": "the sampler reports them before the temperature is applied, or has other weights; start a vLLM server "
     "with `--logprobs-mode processed_logprobs`, or set `temperature=1.0`.",
+    "rollout_func": "as `logprobs` it must return those of the tokens that it has sampled, by the policy's present "
+    "weights at `temperature`; return these, or `None` where it samples from exactly these.",
 }
 """What is likely wrong, and what to do about it."""

@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
-from ..estimators import Estimator, Terms, group_terms, sequence_loss
+from ..estimators import Estimator, Terms
 from ..partitions import make_partition
 from ..prior import Draw, KeptCompletions
 from ..targets import Target, build_target
@@ -258,7 +258,7 @@ class PosteriorTrainer(GRPOTrainer):
         group = gather_group(local, output, row.argsort(), self._group_size, self.target, self.accelerator)
         refuse_infinite_potential(group.phi, self.target, self.estimator.divergence)
         log_z = self.partition.log_z(group)
-        terms = group_terms(group, log_z, self.estimator, self.args.pseudo_reward_cap)
+        terms = self.estimator.terms(group, log_z, self.args.pseudo_reward_cap)
         self._log(group_metrics(group, terms, log_z, self.estimator, self.target))
         self._log(token_kl(policy, output, self.accelerator))
         show_advantages(cast("deque[float]", self._logs["advantages"]), terms.advantages)
@@ -293,7 +293,7 @@ class PosteriorTrainer(GRPOTrainer):
                 inputs |= self._posterior_terms(inputs, logps.detach())
             del inputs["row"]  # a second look at the same batch finds the terms in it
         terms = Terms(*(inputs[name] for name in Terms._fields))
-        loss, capped = sequence_loss(log_policy, terms, self.estimator, self.args.pseudo_reward_cap)
+        loss, capped = self.estimator.loss(log_policy, terms, self.args.pseudo_reward_cap)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss
             self._mode_metrics["aux_loss"].append(self.accelerator.gather(aux_loss).mean().item())

@@ -58,7 +58,7 @@ def test_rollout_function(with_log_probs: bool, kind: str, make: Make, monkeypat
     def grade_reward(completions: list, grade: list[float], **kwargs: Any) -> list[float]:
         return grade
 
-    # It reports what it likes
+    # It reports what it likes, which the check would refuse
     config = {"partition": "running", "max_steps": 4, "check_log_probs": not with_log_probs}
     trainer = make(kind, config, rollout_func=rollout, reward_funcs=grade_reward)
     recorded = record(trainer)
@@ -68,3 +68,20 @@ def test_rollout_function(with_log_probs: bool, kind: str, make: Make, monkeypat
     own_tokens = batch["completion_mask"].sum(dim=1) - 1
     close(batch["log_proposal"], -5.0 * own_tokens if with_log_probs else log_policy)
     close(batch["log_target"], log_policy + torch.arange(2 * G) / 4 / BETA)
+
+
+def test_the_check_of_a_rollout_function_says_what_it_must_return(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        tokens = trainer._tokenizer(prompts)["input_ids"]
+        return {
+            "prompt_ids": tokens,
+            "completion_ids": [[65, 2]] * len(tokens),
+            "logprobs": [[-1.0, -1.0]] * len(tokens),
+        }
+
+    trainer = make("dpg", {"check_log_probs": True}, rollout_func=rollout)
+    refusal = "The `rollout_func`'s log-probabilities differ by .*: as `logprobs` it must return those of the tokens"
+    with pytest.raises(ValueError, match=refusal):
+        trainer.train()
