@@ -193,6 +193,18 @@ def name_policies(specs: Sequence[str]) -> dict[str, str]:
 # Measurement
 
 
+def work_in_words(job: Job) -> str:
+    """What will be drawn, so that nobody waits for an hour who meant a minute."""
+    args, prompts = job.args, len(job.study.rows)
+    total = prompts * (args.num_reference_samples + args.num_samples * len(job.policies))
+    kept = f", less what {job.study.prior_samples_dir} has" if job.study.prior_samples_dir else ""
+    return (
+        f"{prompts:,} prompts: {args.num_reference_samples:,} completions of each by the prior{kept}, and "
+        f"{args.num_samples:,} by each of {len(job.policies)} policies; {total:,} in all, of up to "
+        f"{job.study.settings.max_new_tokens:,} tokens."
+    )
+
+
 def draw_reference(job: Job) -> PriorReference:
     """Samples of the prior, scored."""
     study, args = job.study, job.args

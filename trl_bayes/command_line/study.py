@@ -1,6 +1,5 @@
 """What `sample` and `evaluate` share: a posterior, written as for training and loaded without a trainer."""
 
-import sys
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -107,14 +106,14 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
 
 
 def _sampling_settings(args: StudyArguments, training: PosteriorConfig) -> SamplingSettings:
-    """As in training; with progress bars if there is someone to show them to."""
+    """As in training; what takes long is shown."""
     return SamplingSettings(
         cast(int, training.max_completion_length),  # the configuration's default is a number
         training.temperature,
         args.batch_size,
         args.seed,
         chat_template_kwargs=cast("dict[str, Any]", training.chat_template_kwargs or {}),
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
 
 

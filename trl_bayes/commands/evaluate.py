@@ -14,6 +14,7 @@ from ..command_line.evaluation import (
     notes,
     prepare,
     results_table,
+    work_in_words,
 )
 from ..command_line.recipe import read_study
 from ..command_line.refusals import one_sentence
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             epilog="The recipe may be that of a training command: what only concerns training is passed over.",
         )
         job = prepare(args, arguments)
+    console = Console()
+    console.print(work_in_words(job), soft_wrap=True, highlight=False)
     start = time.perf_counter()
     with one_sentence("trl-bayes evaluate", (PriorSamplesError,)):  # an error in a reward function keeps its traceback
         reference = draw_reference(job)
@@ -46,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = measure(job, posterior)
     report.settings["seconds"] = round(time.perf_counter() - start)
     file = write_evaluation(report, job.folder)
-    console = Console()
     console.print(results_table(report))
     for note in notes(report):
         console.print(note, soft_wrap=True, highlight=False)

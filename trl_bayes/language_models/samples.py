@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..rewards.calling import RewardFunction, call_rewards
 from .completions import Completions, Prompt
 from .generation import evaluating, generate, seeded, tokenize_prompt, with_stop_ids
 from .parsing import as_rewards_see_them
+from .progress import progress_bar
 from .settings import SamplingSettings, at_least
 
 
@@ -46,10 +46,13 @@ def sample(
     settings = with_stop_ids(settings, model, tokenizer)
     completion_ids: list[list[int]] = []
     starts = range(0, len(prompt_index), settings.batch_size)
-    with seeded(settings.seed, next(model.parameters()).device), evaluating(model):
-        for start in tqdm(starts, desc="sampling", unit="batch", disable=not settings.progress):
+    device = next(model.parameters()).device
+    bar = progress_bar("sampling", len(prompt_index), shown=settings.progress)
+    with bar, seeded(settings.seed, device), evaluating(model):
+        for start in starts:
             batch = prompt_index[start : start + settings.batch_size].tolist()
             completion_ids += generate(model, [prompt_ids[i] for i in batch], settings)
+            bar.update(len(batch))
     return Completions(
         prompts=prompts,
         prompt_ids=prompt_ids,

@@ -6,12 +6,12 @@ completion that is cut at the limit is an outcome of its own, so that the probab
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .batching import pad_rows
 from .completions import Completions, Outcome
 from .generation import evaluating
+from .progress import progress_bar
 from .settings import SamplingSettings
 
 
@@ -36,8 +36,9 @@ def log_probs(model: PreTrainedModel, completions: Completions, settings: Sampli
     different.sort(key=lambda outcome: len(completions.prompt_ids[outcome[0]]) + len(outcome[1]))
     value_of: dict[Outcome, float] = {}
     size = settings.scoring_batch_size
-    with evaluating(model):
-        for start in tqdm(range(0, len(different), size), desc="scoring", unit="batch", disable=not settings.progress):
+    bar = progress_bar("scoring", len(different), shown=settings.progress)
+    with bar, evaluating(model):
+        for start in range(0, len(different), size):
             batch = different[start : start + size]
             values = _batch_log_probs(
                 model,
@@ -46,6 +47,7 @@ def log_probs(model: PreTrainedModel, completions: Completions, settings: Sampli
                 settings.temperature,
             )
             value_of.update(zip(batch, values.tolist(), strict=True))
+            bar.update(len(batch))
     return torch.tensor([value_of[outcome] for outcome in outcomes], dtype=torch.float64)
 
 

@@ -23,7 +23,7 @@ class SamplingSettings:
             The tokens that end a completion. Defaults to those of the tokenizer and of the model that is sampled, see
             [`~trl_bayes.language_models.generation.find_stop_ids`].
         chat_template_kwargs (`dict`, *optional*): for the chat template, where prompts are lists of messages.
-        progress (`bool`, *optional*, defaults to `False`): shows progress bars.
+        progress (`bool`, *optional*, defaults to `False`): shows how far long work has got.
 
     Raises:
         ValueError: a setting out of range; one sentence.

@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy
 import torch
-from tqdm import tqdm
 
+from ..language_models.progress import progress_bar
 from .identity import DrawIdentity, stable_hash
 from .scores import PriorScores
 from .store import KeptCompletions, SampleIndex, SampleStore
@@ -205,13 +205,9 @@ class PriorSamples:
     ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor | None]]]:
         """This process's chunk of each round, and those of all processes, `None` where one has nothing left to do."""
         chunks = samples.split(self.chunk_size) if len(samples) else ()
-        with tqdm(
-            total=len(self),
-            initial=len(self) - len(samples),
-            desc=name,
-            unit=" completions",
-            disable=not work.progress or work.process_index != 0 or (not chunks and name != "prior samples"),
-        ) as bar:
+        nothing_to_say = not chunks and name != "prior samples"
+        shown = work.progress and work.process_index == 0 and not nothing_to_say
+        with progress_bar(name, len(self), done=len(self) - len(samples), shown=shown) as bar:
             for start in range(0, len(chunks), work.num_processes):
                 of_all: list[torch.Tensor | None] = [*chunks[start : start + work.num_processes]]
                 of_all += [None] * (work.num_processes - len(of_all))
