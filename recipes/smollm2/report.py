@@ -28,9 +28,9 @@ def write_report(runs: Path, methods: list[str], splits: list[str], seeds: list[
     print(text)
 
 
-def read_rows(folder: Path, methods: list[str], seeds: list[int], task: Any) -> dict[str, list[dict[str, float]]]:
+def read_rows(folder: Path, methods: list[str], seeds: list[int], task: Any) -> dict[str, list[dict[str, Any]]]:
     """Numbers of each method and seed, of the prior and of the exact posterior."""
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for method in methods:
         evaluation = json.loads((folder / slug(method) / "evaluation.json").read_text(encoding="utf-8"))
         samples = folder / slug(method) / "samples"
@@ -43,10 +43,10 @@ def read_rows(folder: Path, methods: list[str], seeds: list[int], task: Any) -> 
     return rows
 
 
-def numbers(record: dict[str, Any], samples: Path, task: Any) -> dict[str, float]:
-    """What the table has of one policy; what is not known is absent."""
+def numbers(record: dict[str, Any], samples: Path, task: Any) -> dict[str, Any]:
+    """What the table has of one policy; what is not known is absent, and what few samples tell is in `rough`."""
     metrics = record["evaluation"]["metrics"]
-    known = {key: metrics[key]["value"] for key in task["columns"] if key in metrics and metrics[key]["trusted"]}
+    known = {key: metrics[key]["value"] for key in task["columns"] if key in metrics}
     lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     by_prompt: dict[str, list[Any]] = {}
     for line in lines:
@@ -54,7 +54,8 @@ def numbers(record: dict[str, Any], samples: Path, task: Any) -> dict[str, float
     found = {**known, "valid": mean(line["rewards"][0] == 1 for line in lines)}
     if "names" in task["columns"]:
         found["names"] = distinct_names(by_prompt)
-    return {key: value for key, value in found.items() if value is not None}
+    rough = [key for key in known if not metrics[key]["trusted"]]
+    return {key: value for key, value in found.items() if value is not None} | {"rough": rough}
 
 
 def distinct_names(by_prompt: dict[str, list[Any]]) -> float | None:
@@ -78,12 +79,16 @@ def curves(runs: Path, method: str, seeds: list[int]) -> list[tuple[list[int], l
     return found
 
 
-def table(rows: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> str:
-    """Medians over seeds, with the range in brackets."""
+def table(rows: dict[str, list[dict[str, Any]]], columns: dict[str, str]) -> str:
+    """Medians over seeds, with the range in brackets; a question mark where the samples were few."""
     shown = [key for key in columns if any(key in run for runs in rows.values() for run in runs)]
     lines = [f"| | {' | '.join(columns[key] for key in shown)} |", f"|---{'|---:' * len(shown)}|"]
     for name, runs in rows.items():
-        cells = [cell([run[key] for run in runs if key in run], key in ("valid", "names")) for key in shown]
+        cells = [
+            cell([run[key] for run in runs if key in run], key in ("valid", "names"))
+            + (" ?" if any(key in run["rough"] for run in runs) else "")
+            for key in shown
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -99,7 +104,7 @@ def cell(values: list[float], is_share: bool) -> str:
     return text
 
 
-def draw(rows: dict[str, list[dict[str, float]]], logs: dict[str, Any], task: Any, file: Path) -> None:
+def draw(rows: dict[str, list[dict[str, Any]]], logs: dict[str, Any], task: Any, file: Path) -> None:
     """Left: reward against updates. Right: valid share against distance from the prior, where all can be compared."""
     y = task.get("y", "valid")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -117,7 +122,8 @@ def draw(rows: dict[str, list[dict[str, float]]], logs: dict[str, Any], task: An
         right.scatter(*zip(*points, strict=True), color=COLORS[i], marker=MARKERS[i], label=name)
     for name, marker in (("the prior", "|"), ("the exact posterior", "x")):
         run = rows[name][0]
-        right.scatter(run.get("kl_prior", 0.0), run[y], color="k", marker=marker, s=120, label=name)
+        if "kl_prior" in run:
+            right.scatter(run["kl_prior"], run[y], color="k", marker=marker, s=120, label=name)
     left.set(xlabel="updates of 64 completions", ylabel=f"{task['label']}, in training")
     right.set(xlabel="KL(π‖π₀), nats", ylabel=task["label"])
     right.legend(fontsize=7)
