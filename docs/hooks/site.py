@@ -1,0 +1,44 @@
+"""What the site has that is not written in `docs/`: refusals from the source, notebooks, the changelog, one figure."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+import notebooks  # noqa: E402 - a hook is loaded by its path, so its neighbors have to be found first
+import refusals  # noqa: E402
+
+
+FIGURES = {"images/reward_against_kl.png": "recipes/python_syntax/reward_against_kl.png"}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds pages and figures."""
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "changelog.md", content=changelog))
+    for notebook in sorted((ROOT / "recipes" / "notebooks").glob("*.ipynb")):
+        page, pictures = notebooks.as_markdown(notebook)
+        files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=page))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=picture))
+    for name, figure in FIGURES.items():
+        files.append(File.generated(config, name, content=(ROOT / figure).read_bytes()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts the refusals where a page asks for them."""
+    return markdown.replace("<!-- refusals -->", refusals.as_markdown())
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """TRL's docstrings write a name as [`~module.Name`]: shown as code, by its last part."""
+    if not page.file.src_uri.startswith("api/"):
+        return html
+    return re.sub(r"\[<code>~?(?:[\w.]*\.)?(\w+)</code>\](?!\()", r"<code>\1</code>", html)
