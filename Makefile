@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PATH="$(abspath $(VENV))/bin:$$PATH"
 PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help install quickstart lint typecheck format test test-fast clean
+.PHONY: help install quickstart lint typecheck format test test-fast docs package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -61,6 +61,23 @@ test: lint typecheck ## lint, typecheck and every test
 
 test-fast: $(INSTALLED) ## the tests that are not marked slow
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+docs: $(INSTALLED) ## build the documentation strictly, without a network: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# The wheel goes into an environment of its own, and is used from an empty folder: nothing of the clone helps it.
+PACKAGE := build/package
+package: $(INSTALLED) ## build sdist and wheel, check them, and run the quickstart from the wheel outside the clone
+	rm -rf dist $(PACKAGE)
+	$(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m venv $(PACKAGE)/venv
+	$(PACKAGE)/venv/bin/python -m pip install "$(TORCH)" -c constraints.txt
+	$(PACKAGE)/venv/bin/python -m pip install dist/*.whl -c constraints.txt
+	mkdir $(PACKAGE)/empty
+	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes env
+	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes quickstart --quick
+	test -s $(PACKAGE)/empty/runs/quickstart/report.html
 
 clean: ## remove the environment, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .hypothesis .import_linter_cache .mypy_cache .ruff_cache
