@@ -33,33 +33,49 @@ class Refusal(NamedTuple):
     reason: str = ""
 
 
-def text_of(node: ast.expr) -> str:
-    """The text of a string, with `…` for values that are put in; empty for anything else."""
+def text_of(node: ast.expr, constants: dict[str, str]) -> str:
+    """The text of a string, with `…` for values that are put in; of two texts the first."""
     match node:
         case ast.Constant(value=str() as value):
             return value
+        case ast.Name(id=name):
+            return constants.get(name, "…")
+        case ast.FormattedValue(value=value):
+            return text_of(value, constants)
         case ast.JoinedStr(values=values):
-            return "".join(text_of(value) if isinstance(value, ast.Constant) else "…" for value in values)
+            return "".join(text_of(value, constants) for value in values)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return text_of(left) + text_of(right)
+            return text_of(left, constants) + text_of(right, constants)
         case ast.IfExp(body=body):
-            return text_of(body)
-        case ast.FormattedValue() | ast.Name() | ast.Call() | ast.Attribute():
-            return "…"
-    return ""
+            return text_of(body, constants)
+    return "…"
+
+
+def constants_of(tree: ast.Module) -> dict[str, str]:
+    """Texts that a module names."""
+    named = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    pairs = [(target, node.value) for node in named for target in node.targets]
+    return {
+        target.id: value.value
+        for target, value in pairs
+        if isinstance(target, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str)
+    }
 
 
 def refusals_of(module: Path) -> Iterator[Refusal]:
     """Those of a module, in its order."""
     name = module.relative_to(PACKAGE).as_posix()
-    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    constants = constants_of(tree)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Raise | ast.Call)]
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
         call = node.exc if isinstance(node, ast.Raise) else node
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args):
             continue
         is_error = isinstance(node, ast.Raise) and call.func.id in ERRORS
         if is_error or call.func.id == "Inexact":
-            sentence = re.sub(r"…(\s*…)+", "…", text_of(call.args[0]))
-            reason = "" if is_error else text_of(call.args[1])
+            sentence = re.sub(r"…+", "…", text_of(call.args[0], constants))
+            reason = "" if is_error else re.sub(r"…+", "…", text_of(call.args[1], constants))
             if len(re.findall(r"\w+", sentence)) > 3:  # one that hands on another's message says nothing itself
                 yield Refusal(sentence, name, reason)
 
@@ -91,5 +107,5 @@ def as_markdown() -> str:
         for refusal in refusals:
             lines.append(f"- {escaped(refusal.sentence)}")
             if refusal.reason:
-                lines.append(f'    *With `inexact_settings="warn"`:* {escaped(refusal.reason)}')
+                lines.append(f'    - with `inexact_settings="warn"`: {escaped(refusal.reason)}')
     return "\n".join(lines)

@@ -41,4 +41,11 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
     """TRL's docstrings write a name as [`~module.Name`]: shown as code, by its last part."""
     if not page.file.src_uri.startswith("api/"):
         return html
-    return re.sub(r"\[<code>~?(?:[\w.]*\.)?(\w+)</code>\](?!\()", r"<code>\1</code>", html)
+    html = re.sub(r"\[<code>~?(?:[\w.]*\.)?(\w+)</code>\](?!\()", r"<code>\1</code>", html)
+    return re.sub(r"<code>([^<]*`[^<]*)</code>", lambda found: f"<code>{plain_type(found[1])}</code>", html)
+
+
+def plain_type(text: str) -> str:
+    """A type as a docstring of TRL's writes it, ([`~module.Name`], *optional*), without the marks."""
+    text = re.sub(r"\[?`~?(?:[\w.]*\.)?([^`.]*)`\]?", r"\1", text)
+    return text.replace("*optional*", "optional")
