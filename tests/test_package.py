@@ -1,0 +1,91 @@
+"""The package's metadata, versions and files agree: a light check; `make package` builds the wheel and tries it."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import trl_bayes
+
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+METADATA = PROJECT["project"]
+
+
+def requirements(names: list[str]) -> list[Requirement]:
+    return [Requirement(name) for name in names]
+
+
+def test_one_version_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = re.findall(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert METADATA["version"] == trl_bayes.__version__ == str(citation["version"]) == changelog[0]
+
+
+def test_the_tested_versions_are_allowed() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    pins = {name.lower().replace("-", "_"): version for name, version in pins.items()}
+    extras = [name for names in METADATA["optional-dependencies"].values() for name in names]
+    for needed in requirements([*METADATA["dependencies"], *extras, *PROJECT["build-system"]["requires"]]):
+        name = needed.name.lower().replace("-", "_")
+        if name == "trl_bayes" or needed.extras:
+            continue  # itself, or TRL with an extra of its own
+        assert name in pins, f"constraints.txt does not pin {needed.name}"
+        assert needed.specifier.contains(pins[name]), f"{needed} does not allow {pins[name]}"
+
+
+def test_the_table_of_versions_in_the_readme() -> None:
+    pins = dict(re.findall(r"^(\w+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    table = re.findall(r"^\| (\w+) \| (.*?) \| (\S+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = {name: (supported, tested) for name, supported, tested in table}
+    lowest = {
+        need.name: min(re.findall(r">=([\d.]+)", str(need.specifier)))
+        for need in requirements(METADATA["dependencies"])
+    }
+    assert {name: rows[name][1] for name in ("TRL", "torch", "transformers")} == {
+        "TRL": pins["trl"], "torch": pins["torch"], "transformers": pins["transformers"],
+    }  # fmt: skip
+    for name in ("TRL", "torch", "transformers"):
+        assert rows[name][0].startswith(lowest[name.lower()])
+    assert rows["Python"][0].split()[0] == METADATA["requires-python"].removeprefix(">=")
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text()
+    assert '["3.11", "3.12", "3.13"]' in workflow and rows["Python"][0] == "3.11 to 3.13"
+
+
+def test_the_wheel_has_what_the_package_reads() -> None:
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["trl_bayes"]
+    assert {"recipes": "trl_bayes/recipes", "accelerate_configs": "trl_bayes/accelerate_configs"} == wheel[
+        "force-include"
+    ]
+    assert (ROOT / "trl_bayes" / "py.typed").is_file() and (ROOT / METADATA["readme"]).is_file()
+    script = importlib.metadata.EntryPoint("trl-bayes", METADATA["scripts"]["trl-bayes"], "console_scripts")
+    assert callable(script.load())
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_run_what_is_there(workflow: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    for line in runs:
+        for words in re.findall(r"^make ([a-z ]+)", line):
+            assert set(words.split()) <= targets, line
+        for path in re.findall(r"tests/\S+", line):
+            assert (ROOT / path).exists(), line
+    for line in runs:
+        for extra in re.findall(r"\.\[(\w+)\]", line):
+            assert extra in METADATA["optional-dependencies"]
+
+
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("[bp]*.yml")), ids=lambda path: path.stem
+)
+def test_issues_ask_for_the_environment(form: Path) -> None:
+    fields = {field["id"]: field for field in yaml.safe_load(form.read_text())["body"]}
+    assert "trl-bayes env" in fields["environment"]["attributes"]["label"]
