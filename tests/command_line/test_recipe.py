@@ -10,7 +10,7 @@ import yaml
 
 import trl_bayes
 from trl_bayes import CTRLConfig, DPGConfig, FDPGConfig, KLRLConfig
-from trl_bayes.assets import shipped_file
+from trl_bayes.assets import own_or_shipped, shipped_file
 from trl_bayes.command_line.arguments import Arguments, StudyArguments
 from trl_bayes.command_line.models import loading_arguments
 from trl_bayes.command_line.parser import read_recipe
@@ -175,3 +175,17 @@ def test_whole_numbers_may_have_an_exponent() -> None:
 def test_every_trainer_is_found() -> None:
     assert trainers().keys() == {name for name in trl_bayes.__all__ if name.endswith("Trainer")}
     assert {*COMMANDS.values()} <= trainers().keys()
+
+
+def test_shipped_recipes_and_their_data_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = "recipes/prior_targets/moments.yaml"
+    recipe = read_recipe(path)
+    assert own_or_shipped(recipe["dataset_name"]).is_file()
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text("beta: 2.0")  # the user's own comes first
+    assert read_recipe(path) == {"beta": 2.0}
+    with pytest.raises(ValueError, match="'recipes/nope.yaml' cannot be read"):
+        read_recipe("recipes/nope.yaml")

@@ -27,6 +27,24 @@ def shipped_file(relative: str) -> Path:
     raise FileNotFoundError(f"{relative!r} does not come with trl_bayes.")
 
 
+def own_or_shipped(path: str) -> Path:
+    """
+    A file of the user's; where there is none of that name, the one of `recipes/` that comes with the package.
+
+    So a recipe and its data are found from any folder, by the path that they have in a clone.
+
+    Args:
+        path (`str`): such as `"recipes/python_syntax/dpg.yaml"`.
+    """
+    own = Path(path).expanduser()
+    if own.exists() or own.parts[:1] != ("recipes",):
+        return own
+    try:
+        return shipped_file(path)
+    except FileNotFoundError:
+        return own
+
+
 def embedded_path(name: str, file: str = "") -> str:
     """
     Where a shipped model is, or a file beside it; a name without the prefix `embedded:` is returned as it is.

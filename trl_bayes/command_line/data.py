@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from trl import get_dataset
 
-from ..assets import EMBEDDED, embedded_path
+from ..assets import EMBEDDED, embedded_path, own_or_shipped
 from ..language_models.prompts import check_prompt
 from ..rewards.calling import check_columns
 from .arguments import Arguments, TrainingScriptArguments
@@ -51,9 +51,10 @@ def _load_named(script: TrainingScriptArguments) -> Any:
     settings = {"name": script.dataset_config, "streaming": script.dataset_streaming}
     if file_format is None:
         return load_dataset(name, **settings)
-    if not Path(name).is_file():
+    file = own_or_shipped(name)
+    if not file.is_file():
         raise FileNotFoundError("no such file")
-    return load_dataset(file_format, data_files=name, **settings)
+    return load_dataset(file_format, data_files=str(file), **settings)
 
 
 def _file_format(name: str) -> str | None:

@@ -5,12 +5,12 @@ import os
 import re
 import types
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 
+from ..assets import own_or_shipped
 from .refusals import refuse
 from .unknown_keys import nearest
 
@@ -150,13 +150,13 @@ class RecipeParser(TrlParser):
 
 def read_recipe(path: str) -> dict[str, Any]:
     """
-    A recipe from its YAML file.
+    A recipe from its YAML file, which may be one that comes with the package.
 
     Raises:
         ValueError: no such file, not YAML, or not a mapping; one sentence.
     """
     try:
-        config = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=_RecipeLoader)
+        config = yaml.load(own_or_shipped(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except OSError as error:
         raise ValueError(f"The recipe {path!r} cannot be read: {error.strerror or error}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
