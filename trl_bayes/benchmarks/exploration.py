@@ -179,7 +179,7 @@ def run_method(task: Task, method: Method, seed: int, iterations: int) -> Run:
             terms = PairTerms(task.log_prior[batch], bradley_terry(own, others), torch.ones(len(batch)).bool())
             preferred, bonus = loss.losses(log_policy, terms, alpha)
             optimizer.zero_grad()
-            (preferred + bonus).mean().backward()  # type: ignore[no-untyped-call]
+            (preferred + bonus).mean().backward()
             optimizer.step()
         samples.append(2 * len(pairs))
         seconds.append(time.perf_counter() - start)
