@@ -14,7 +14,7 @@ from trl_bayes.commands import bench
 
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = {"exact", "embedded", "step", "scaling", "samplers", "calibrated"}
+SECTIONS = {"exact", "embedded", "step", "scaling", "samplers", "calibrated", "exploration"}
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -78,6 +78,11 @@ class Estimator(ABC):
     def __init__(self, divergence: Divergence):
         self.divergence = divergence
 
+    @property
+    def objective(self) -> str:
+        """What is minimized, in words."""
+        return f"the divergence `{self.divergence.name}`"
+
     @abstractmethod
     def coefficient(self, sequences: Sequences) -> torch.Tensor:
         """The factor `c_i` of `grad log pi(y_i)` in the gradient of the loss; no gradient flows through it."""

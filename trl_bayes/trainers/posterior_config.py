@@ -12,7 +12,7 @@ from .exactness import inexact_settings
 
 INEXACT_SETTINGS = ("refuse", "warn")
 
-_NO_EFFECT = (
+NO_EFFECT = (
     "loss_type",
     "epsilon",
     "epsilon_high",
@@ -85,6 +85,7 @@ class PosteriorConfig(GRPOConfig):
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target"]
 
     allows_zero_beta: ClassVar[bool] = False
+    without_effect: ClassVar[tuple[str, ...]] = NO_EFFECT
 
     # Parameters whose default values are overridden from GRPOConfig
     beta: float = field(
@@ -220,7 +221,11 @@ class PosteriorConfig(GRPOConfig):
 
     def ineffective_settings(self) -> str | None:
         """A sentence on GRPO parameters that the user changed and that these trainers do not use."""
-        changed = [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]
+        changed = [
+            name
+            for name in self.without_effect
+            if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default
+        ]
         if not changed:
             return None
         names = " and ".join(f"`{name}`" for name in changed)
