@@ -75,7 +75,7 @@ def log_probs(levels: Sequence[Tensor]) -> Tensor:
 
 
 def two_arms() -> Task:
-    """The paper's own example: one token, and the better one has probability 1e-4."""
+    """One token, and the better one has probability 1e-4."""
     levels = [torch.tensor([[1 - BEST, BEST]], dtype=torch.float64).log()]
     return Task("two completions", log_probs(levels), torch.tensor([0.0, 1.0], dtype=torch.float64), 1, levels)
 
