@@ -257,6 +257,10 @@ def check_clone(recipe: DemonstrationRecipe) -> tuple[CloneArguments, Any, str]:
         raise ValueError(
             "`model_name_or_path` is missing in the section `clone`: name the model that learns to clone."
         )
+    if training.packing:
+        raise ValueError(
+            "`packing` in the section `clone` would let a completion see others, which stage 2 does not: leave it out."
+        )
     name = model_path(model.model_name_or_path)
     find_config("model_name_or_path", name, training.trust_remote_code, model.model_revision)
     return args, training, name

@@ -21,6 +21,7 @@ from .cloning import (
 )
 from .data import load_data, select_split
 from .demonstration_recipe import DemonstrationArguments, DemonstrationRecipe, read_demonstration_recipe
+from .folders import prepare_folder
 from .preference_stage import check_preferences, train_reward
 from .rewards import check_reward_models, find_rewards
 from .stages import Stage, fingerprint, is_first, model_fingerprint, wait_for_all
@@ -42,7 +43,7 @@ class Job(NamedTuple):
 
 def prepare(arguments: DemonstrationArguments, source: str) -> Job:
     """
-    Checks all sections, their data, and the folders of all stages.
+    Checks all sections, their data, and the folders of all stages; makes `output_dir`.
 
     Raises:
         ValueError: one sentence.
@@ -61,6 +62,7 @@ def prepare(arguments: DemonstrationArguments, source: str) -> Job:
     if not recipe.arguments.overwrite:
         for stage in stages.values():
             stage.check_folder()
+    prepare_folder(recipe.arguments.output_dir, overwrite=True)
     return Job(recipe, rows, preferences, stages)
 
 
