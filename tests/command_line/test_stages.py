@@ -1,12 +1,11 @@
 """A stage's folder: what is the same run, what is refused, and from where it goes on."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from trl_bayes.command_line.stages import RECORD, Stage, fingerprint, model_fingerprint
+from trl_bayes.command_line.stages import RECORD, Stage, fingerprint
 
 
 @pytest.fixture
@@ -32,6 +31,7 @@ def test_is_known_again_and_remembers_what_it_measured(stage: Stage) -> None:
     [
         ({"settings": {"max_steps": 4}}, r"with other settings \(max_steps\): set `--overwrite`"),
         ({"data": "other"}, "with other data:"),
+        ({"functions": "other"}, "with other reward functions, or other versions of what they use:"),
         ({"previous": "other"}, "with another stage before it:"),
         ({"settings": {"lr": 1}, "data": "other"}, r"with other settings \(lr, max_steps\) and other data:"),
     ],
@@ -66,13 +66,5 @@ def test_goes_on_from_the_last_checkpoint_that_is_whole(stage: Stage) -> None:
     assert stage.checkpoint == str(stage.folder / "checkpoint-10")
 
 
-def test_fingerprints(tmp_path: Path) -> None:
+def test_fingerprint() -> None:
     assert fingerprint([{"a": 1, "b": 2}]) == fingerprint([{"b": 2, "a": 1}]) != fingerprint([{"a": 1, "b": 3}])
-    assert model_fingerprint("organization/model") == "organization/model"
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights" * 10)
-        (tmp_path / name / "config.json").write_text(json.dumps({"layers": 1}))
-    assert model_fingerprint(str(tmp_path / "one")) == model_fingerprint(str(tmp_path / "two"))
-    (tmp_path / "two" / "model.safetensors").write_bytes(b"weights" * 9 + b"Weights")
-    assert model_fingerprint(str(tmp_path / "one")) != model_fingerprint(str(tmp_path / "two"))

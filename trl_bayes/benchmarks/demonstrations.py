@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.progress import Progress
 
 from ..evaluation.figures import REFERENCE, png, run_style
@@ -26,6 +27,7 @@ _FLOORS: dict[str, dict[str, float]] = {
 _USED = "one count"  # the paper's, under the clones that RL starts from
 _FIXED = (0.01, 0.1, 1.0)
 _EPSILONS = (0.01, 0.1)
+_LAST = 3  # numbers of demonstrations from which a second slope is taken
 
 
 @dataclass
@@ -161,21 +163,23 @@ def to_markdown(rows: Sequence[Row], from_prior: Sequence[dict[str, float]], arg
 
 def _table_of_kl(rows: Sequence[Row]) -> str:
     numbers = _numbers(rows)
+    heads = [f"N = {number:,}" for number in numbers]
     lines = [
-        f"| KL(expert‖clone), nats; floor | {' | '.join(f'N = {number:,}' for number in numbers)} | slope |",
-        f"|---|{'---|' * (len(numbers) + 1)}",
+        f"| KL(expert‖clone), nats; floor | {' | '.join(heads)} | slope | of the last {_LAST} |",
+        f"|---|{'---|' * (len(numbers) + 2)}",
     ]
     for name in _FLOORS:
         values = [_mean(rows, number, lambda row, name=name: row.kl[name]) for number in numbers]
         finite = len(values) > 1 and all(map(math.isfinite, values))
-        last = f"{slope(numbers, values):.2f}" if finite else ""
-        lines.append(f"| {name} | {' | '.join(_cell(value) for value in values)} | {last} |")
+        slopes = [slope(numbers, values), slope(numbers[-_LAST:], values[-_LAST:])] if finite else []
+        cells = [*(_cell(value) for value in values), *([f"{each:.2f}" for each in slopes] or ["", ""])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     spread = [
         f"{_mean(rows, number, lambda row: row.kl_held_out):.3f} ± "
         f"{_deviation([row.kl_held_out - row.kl[_USED] for row in rows if row.number == number]):.3f}"
         for number in numbers
     ]
-    lines.append(f"| {_USED}, by N / 5 held out, ± error of one seed | {' | '.join(spread)} | |")
+    lines.append(f"| {_USED}, by N / 5 held out, ± error of one seed | {' | '.join(spread)} | | |")
     return "\n".join(lines)
 
 
@@ -226,7 +230,14 @@ def figure(rows: Sequence[Row], from_prior: Sequence[dict[str, float]]) -> bytes
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlabel("demonstrations N")
-            axes.legend(fontsize=8)
+            axes.set_xticks(numbers)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            for axis in (axes.xaxis, axes.yaxis):  # plain numbers: powers of ten would need the markup of formulas
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        left.legend(fontsize=8)
+        right.legend(fontsize=8, loc="lower left")
         return page
 
     return png(draw)

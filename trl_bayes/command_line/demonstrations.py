@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from rich.console import Console
 
+from ..language_models.fingerprint import path_fingerprint
+from ..prior import callable_fingerprint
+from ..rewards.calling import reward_name
 from ..statistics.demonstrations import temperature_by_rule
+from ..targets import build_target
 from .arguments import Arguments
 from .cloning import (
     PROMPTS,
@@ -22,10 +26,14 @@ from .cloning import (
 from .data import load_data, select_split
 from .demonstration_recipe import DemonstrationArguments, DemonstrationRecipe, read_demonstration_recipe
 from .folders import prepare_folder
-from .preference_stage import check_preferences, train_reward
+from .preference_stage import check_preferences, preference_functions, train_reward
+from .refusals import one_sentence
 from .rewards import check_reward_models, find_rewards
-from .stages import Stage, fingerprint, is_first, model_fingerprint, wait_for_all
+from .stages import Stage, StageError, fingerprint, is_first, wait_for_all
 from .training import make_trainer, train
+
+
+PROGRAM = "trl-bayes demo-rl"
 
 
 class Job(NamedTuple):
@@ -57,8 +65,10 @@ def prepare(arguments: DemonstrationArguments, source: str) -> Job:
             "The rule for `beta` needs held-out demonstrations: set `held_out` above 0, or `beta` to a number."
         )
     preferences = check_preferences(recipe) if "reward" in recipe.sections else None
-    prompts = _check_rl(recipe)
-    stages = _stages(recipe, [fingerprint(rows), model_fingerprint(model_name)], preferences, prompts)
+    prompts, functions = _check_rl(recipe)
+    stages = _stages(
+        recipe, [fingerprint(rows), path_fingerprint(model_name) or model_name], preferences, prompts, functions
+    )
     if not recipe.arguments.overwrite:
         for stage in stages.values():
             stage.check_folder()
@@ -66,12 +76,13 @@ def prepare(arguments: DemonstrationArguments, source: str) -> Job:
     return Job(recipe, rows, preferences, stages)
 
 
-def _check_rl(recipe: DemonstrationRecipe) -> str:
+def _check_rl(recipe: DemonstrationRecipe) -> tuple[str, str]:
     """
-    The last stage's rewards and data.
+    The last stage's rewards, target and data.
 
     Returns:
-        `str`: fingerprint of its prompts, empty where they are those of the demonstrations.
+        `tuple[str, str]`: fingerprints of its prompts, empty where they are those of the demonstrations, and of its
+        rewards.
     """
     arguments = _rl_arguments(recipe, recipe.arguments.output_dir, None)
     rewards, _ = find_rewards(arguments.script)
@@ -80,10 +91,20 @@ def _check_rl(recipe: DemonstrationRecipe) -> str:
             "`reward_funcs` is missing in the section `rl`: name a reward function, or add a section `reward`."
         )
     check_reward_models(rewards, arguments)
+    build_target(arguments.training.target, arguments.training.beta or None)
+    functions = _of_functions(rewards)
     if arguments.script.dataset_name is None and not arguments.mixture.datasets:
-        return ""
+        return "", functions
     rows = select_split(load_data(arguments), arguments.script.dataset_train_split, arguments.script)
-    return fingerprint(rows) if isinstance(rows, Dataset) else fingerprint([arguments.script.dataset_name])
+    return fingerprint(rows if isinstance(rows, Dataset) else [arguments.script.dataset_name]), functions
+
+
+def _of_functions(rewards: Sequence[Any]) -> str:
+    """What reward functions and models are; of what cannot be looked into, its name."""
+    return fingerprint(
+        (path_fingerprint(each) if isinstance(each, str) else callable_fingerprint(each)) or reward_name(each)
+        for each in rewards
+    )
 
 
 def _rl_arguments(recipe: DemonstrationRecipe, folder: str, beta: float | None, **settings: Any) -> Arguments:
@@ -95,15 +116,19 @@ def _rl_arguments(recipe: DemonstrationRecipe, folder: str, beta: float | None, 
 
 
 def _stages(
-    recipe: DemonstrationRecipe, clone: Sequence[str], preferences: Dataset | None, prompts: str
+    recipe: DemonstrationRecipe, clone: Sequence[str], preferences: Dataset | None, prompts: str, functions: str
 ) -> dict[str, Stage]:
     """Each stage with what its result depends on."""
     folder = Path(recipe.arguments.output_dir).expanduser()
     data = {"clone": fingerprint(clone), "reward": fingerprint(preferences or []), "rl": prompts}
+    called = {"rl": functions}
+    if "reward" in recipe.sections:
+        args, _, _ = recipe.reward(output_dir=recipe.arguments.output_dir)
+        called["reward"] = _of_functions(preference_functions(args))
     stages: dict[str, Stage] = {}
     before = ""
     for name, section in recipe.sections.items():
-        stages[name] = Stage(name, folder / name, section, data[name], before)
+        stages[name] = Stage(name, folder / name, section, data[name], before, called.get(name, ""))
         before = stages[name].fingerprint
     return stages
 
@@ -115,7 +140,9 @@ def _stages(
 def run_stages(job: Job) -> None:
     """Does what is not done yet; what was interrupted goes on from its last checkpoint."""
     console = Console(stderr=True, quiet=not is_first())
+    wait_for_all()  # nothing is written before all have looked
     _clear_others(job)
+    wait_for_all()
     for name, stage in job.stages.items():
         if stage.finished:
             console.print(f"Stage {name}: {stage.folder} has it, nothing changed.", soft_wrap=True)
@@ -158,7 +185,10 @@ def _train_policy(job: Job, stage: Stage, clone: Path) -> dict[str, Any]:
     beta = None
     if recipe.rule is not None:
         kl = job.stages["clone"].figures["cross_entropy"]["value"] - recipe.rule.expert_entropy
-        beta = temperature_by_rule(recipe.rule.epsilon, kl)
+        try:
+            beta = temperature_by_rule(recipe.rule.epsilon, kl)
+        except ValueError as error:
+            raise StageError(str(error)) from None
         figures = {"kl": kl, "beta": beta}
     settings: dict[str, Any] = {"model_name_or_path": str(clone)}
     section = recipe.sections["rl"]
@@ -171,7 +201,9 @@ def _train_policy(job: Job, stage: Stage, clone: Path) -> dict[str, Any]:
     if "reward" in job.stages:
         settings["reward_model_name_or_path"] = str(job.stages["reward"].folder)
     arguments = _rl_arguments(recipe, str(stage.folder), beta, **settings)
-    train(make_trainer(recipe.trainer, arguments), arguments, stage.checkpoint)
+    with one_sentence(PROGRAM):
+        trainer = make_trainer(recipe.trainer, arguments)
+    train(trainer, arguments, stage.checkpoint)
     return figures
 
 

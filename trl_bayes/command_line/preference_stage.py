@@ -16,7 +16,7 @@ from .arguments import Arguments
 from .cloning import load_jsonl, load_rows, release_memory, write_rows
 from .demonstration_recipe import DemonstrationRecipe, PreferenceArguments
 from .models import find_config, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, is_first, wait_for_all
+from .stages import Stage, StageError, is_first, wait_for_all
 
 
 PREFERENCES = "preferences.jsonl"
@@ -72,7 +72,7 @@ def train_reward(
         `dict`: what was measured, for [`Stage.finish`].
 
     Raises:
-        ValueError: no two completions of a prompt differ in what they are worth; one sentence.
+        StageError: no two completions of a prompt differ in what they are worth; one sentence.
     """
     args, training, model = recipe.reward(output_dir=str(stage.folder))
     name = str(clone) if model.model_name_or_path is None else model_path(model.model_name_or_path)
@@ -136,7 +136,7 @@ def draw_preferences(
     worth = (rewards * weights).nansum(dim=1).view(-1, 2)  # (pairs, 2)
     rows = pairs(drawn, worth)
     if not rows:
-        raise ValueError(
+        raise StageError(
             f"In none of {args.num_pairs} pairs of the clone's completions is one preferred: choose other "
             "`preference_funcs`, or more pairs."
         )

@@ -29,7 +29,10 @@ _NO_PART_OF_THE_RESULT = (
     "save_strategy",
     "save_total_limit",
 )
-_SAMPLED_BYTES = 2**20  # at both ends of a file of weights
+
+
+class StageError(ValueError):
+    """A stage cannot go on with what an earlier one has given; one sentence."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Stage:
         settings (`Mapping`): its section of the recipe.
         data (`str`): fingerprint of the rows that it reads.
         previous (`str`): fingerprint of the stage before it; empty for the first.
+        functions (`str`): fingerprint of the reward functions that it calls.
     """
 
     name: str
@@ -50,12 +54,18 @@ class Stage:
     settings: Mapping[str, Any]
     data: str
     previous: str = ""
+    functions: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for the stage to be the same."""
         kept = {key: value for key, value in self.settings.items() if key not in _NO_PART_OF_THE_RESULT}
-        return {"settings": json.loads(json.dumps(kept, default=str)), "data": self.data, "previous": self.previous}
+        return {
+            "settings": json.loads(json.dumps(kept, default=str)),
+            "data": self.data,
+            "functions": self.functions,
+            "previous": self.previous,
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -138,12 +148,10 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     parts = [f"other settings ({', '.join(keys)})"] if keys else []
     parts += ["other data"] if found.get("data") != wanted["data"] else []
+    if found.get("functions") != wanted["functions"]:
+        parts.append("other reward functions, or other versions of what they use")
     parts += ["another stage before it"] if found.get("previous") != wanted["previous"] else []
     return "with " + " and ".join(parts or ["another identity"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fingerprints
 
 
 def fingerprint(parts: Iterable[Any]) -> str:
@@ -151,27 +159,6 @@ def fingerprint(parts: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def model_fingerprint(path: str) -> str:
-    """
-    Of a model: its id; of a local folder, what is in it and not where it is.
-
-    Of weights the size and both ends are read, which training changes and which are quick to read.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return path
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*config.json")]
-    return fingerprint([[file.name, file.stat().st_size, _ends(file)] for file in sorted(files)])
-
-
-def _ends(file: Path) -> str:
-    with file.open("rb") as content:
-        digest = hashlib.blake2b(content.read(_SAMPLED_BYTES), digest_size=12)
-        content.seek(max(0, file.stat().st_size - _SAMPLED_BYTES))
-        digest.update(content.read())
     return digest.hexdigest()
 
 

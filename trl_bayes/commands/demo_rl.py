@@ -4,11 +4,13 @@ import sys
 from collections.abc import Sequence
 
 from ..command_line.demonstration_recipe import DemonstrationArguments, read_file, split_section_flags
-from ..command_line.demonstrations import prepare, run_stages
+from ..command_line.demonstrations import PROGRAM, prepare, run_stages
 from ..command_line.launch import already_launched, launch
 from ..command_line.parser import RecipeParser
+from ..command_line.prompts import PromptError
 from ..command_line.recipe import read_command_line
 from ..command_line.refusals import one_sentence
+from ..command_line.stages import StageError
 from ..prior import PriorSamplesError
 
 
@@ -22,12 +24,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RecipeParser(
         [DemonstrationArguments],
-        prog="trl-bayes demo-rl",
+        prog=PROGRAM,
         usage="trl-bayes demo-rl --config RECIPE [--SECTION.KEY VALUE ...] [--accelerate_config NAME_OR_PATH]",
         description=__doc__,
         epilog="`--clone.max_steps 100` sets what a section says; `env` in a recipe is a mapping of variables.",
     )
-    with one_sentence(parser.prog):
+    with one_sentence(PROGRAM):
         others, section_flags = split_section_flags(argv)
         namespace, _ = parser.parse_known_args(others)
         recipe = {} if namespace.config is None else read_file(namespace.config, section_flags)
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return launch("trl_bayes.commands.demo_rl", launcher_flags, [*own_args, *again])
         (arguments,) = parser.parse_args_into_dataclasses(own_args)[:1]
         job = prepare(arguments, str(namespace.config or "the command line"))
-    with one_sentence(parser.prog, (PriorSamplesError,)):  # other errors keep their traceback
+    with one_sentence(PROGRAM, (PriorSamplesError, PromptError, StageError)):  # other errors keep their traceback
         run_stages(job)
 
 
