@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from trl_bayes import cli
 from trl_bayes.command_line.demonstration_recipe import DemonstrationArguments
 from trl_bayes.command_line.demonstrations import prepare
+from trl_bayes.command_line.stages import Stage
 
 
 MODULE = "rewards_of_test_demo_rl"
@@ -272,9 +273,36 @@ def test_an_empty_section_and_an_unknown_one(recipe: dict[str, Any], refusal: Re
     )
 
 
-def test_a_stage_of_other_data(recipe: dict[str, Any], refused: Refused) -> None:
+def stages_of(recipe: dict[str, Any]) -> dict[str, Stage]:
     sections = {name: recipe[name] for name in ("clone", "rl")}
-    stages = prepare(DemonstrationArguments("out", **sections), "recipe.yaml").stages
-    stages["clone"].begin()
+    return prepare(DemonstrationArguments("out", **sections), "recipe.yaml").stages
+
+
+def test_a_stage_of_other_data(recipe: dict[str, Any], refused: Refused) -> None:
+    stages_of(recipe)["clone"].begin()
     write("demonstrations.jsonl", DEMONSTRATIONS[1:])
     assert "The folder out/clone holds the stage `clone` with other data: set `--overwrite`" in refused("clone", {})
+
+
+def test_what_changes_a_stage_changes_those_behind_it(recipe: dict[str, Any]) -> None:
+    before = stages_of(recipe)
+    recipe["clone"]["logging_steps"] = 5
+    assert stages_of(recipe) != before  # in their settings, but
+    assert [stage.identity for stage in stages_of(recipe).values()] == [stage.identity for stage in before.values()]
+    recipe["clone"]["learning_rate"] = 2e-3
+    after = stages_of(recipe)
+    assert after["rl"].identity["settings"] == before["rl"].identity["settings"]
+    assert after["rl"].identity["previous"] != before["rl"].identity["previous"]
+    # Another reward function of the same name
+    sys.modules.pop(MODULE)
+    Path(f"{MODULE}.py").write_text(SOURCE.replace("aeiou", "aeiouy"))
+    assert stages_of(recipe)["rl"].functions != after["rl"].functions
+
+
+def test_no_beta_follows_is_one_sentence(recipe: dict[str, Any], refusal: Refused) -> None:
+    """That the clone is as good as the expert turns out only when it is there."""
+    recipe["rl"]["beta"]["expert_entropy"] = 10.0
+    stages = stages_of(recipe)
+    stages["clone"].begin()
+    stages["clone"].finish({"cross_entropy": {"value": 9.5}})
+    assert "KL(expert||clone) is measured as -0.5, from which no `beta` follows" in refusal("demo-rl", recipe)
