@@ -212,7 +212,7 @@ def figure(rows: Sequence[Row], from_prior: Sequence[dict[str, float]]) -> bytes
     numbers = _numbers(rows)
 
     def draw() -> Figure:
-        page = Figure(figsize=(10.5, 4.2), layout="constrained")
+        page = Figure(figsize=(12.0, 4.2), layout="constrained")
         left, right = page.subplots(1, 2)
         for index, name in enumerate(name for name in _FLOORS if name != "none"):
             _draw(left, rows, lambda row, name=name: row.kl[name], f"floor: {name}", index)
@@ -237,7 +237,7 @@ def figure(rows: Sequence[Row], from_prior: Sequence[dict[str, float]]) -> bytes
             for axis in (axes.xaxis, axes.yaxis):  # plain numbers: powers of ten would need the markup of formulas
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         left.legend(fontsize=8)
-        right.legend(fontsize=8, loc="lower left")
+        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines
         return page
 
     return png(draw)
