@@ -6,13 +6,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from trl_bayes import cli
 from trl_bayes.command_line.demonstration_recipe import DemonstrationArguments
@@ -306,3 +307,10 @@ def test_no_beta_follows_is_one_sentence(recipe: dict[str, Any], refusal: Refuse
     stages["clone"].begin()
     stages["clone"].finish({"cross_entropy": {"value": 9.5}})
     assert "KL(expert||clone) is measured as -0.5, from which no `beta` follows" in refusal("demo-rl", recipe)
+
+
+def test_zero_3_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ever."""
+    plugin = SimpleNamespace(zero_stage=3)
+    monkeypatch.setattr(SFTConfig, "deepspeed_plugin", property(lambda self: plugin, lambda self, value: None), False)
+    assert "does not run under ZeRO-3" in refused("clone", {})

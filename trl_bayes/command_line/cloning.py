@@ -257,6 +257,11 @@ def check_clone(recipe: DemonstrationRecipe) -> tuple[CloneArguments, Any, str]:
         raise ValueError(
             "`model_name_or_path` is missing in the section `clone`: name the model that learns to clone."
         )
+    if training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "`demo-rl` does not run under ZeRO-3, where no process can load the prior alone to draw the floor: launch "
+            "it with `--accelerate_config ddp`."
+        )
     if training.packing:
         raise ValueError(
             "`packing` in the section `clone` would let a completion see others, which stage 2 does not: leave it out."
