@@ -1,7 +1,7 @@
 """The noise-free limit: what the same optimizer, schedule and number of steps reach on the exact gradient."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -11,8 +11,9 @@ from trl import RLOOConfig, RLOOTrainer
 
 from ..divergences import Divergence, get_divergence
 from .enumeration import Completions, PolicyFit
-from .exact_training import ExactProblem, ExactRun, default_arguments, ready_trainer
+from .exact_training import ExactProblem, ExactRun, Ready, default_arguments, ready_trainer
 from .learning_curve import Point
+from .tiny import EnumerableTask
 from .trainings import TrainerSetup, TrainingRun
 
 
@@ -73,6 +74,56 @@ def exact_loss(log_policy: Tensor, log_posterior: Tensor, divergence: Divergence
     return (policy * slope * log_policy).sum() / divergence.curvature
 
 
+class NoiseFree:
+    """
+    A training whose gradient is exact: every completion of every prompt at every step.
+
+    Args:
+        ready ([`~trl_bayes.benchmarks.exact_training.Ready`]): a trainer whose model, optimizer, schedule and clipping
+            are used.
+        task ([`~trl_bayes.benchmarks.tiny.EnumerableTask`]): prompts and prior.
+        log_potential (`Callable`): rewards to phi.
+        divergence ([`~trl_bayes.divergences.Divergence`]): that is minimized.
+    """
+
+    def __init__(
+        self, ready: Ready, task: EnumerableTask, log_potential: Callable[[Tensor], Tensor], divergence: Divergence
+    ):
+        self.trainer, tokenizer, log_prior = ready
+        self.model, self.divergence, self.step = cast(PreTrainedModel, self.trainer.model), divergence, 0
+        self.trainer.create_optimizer_and_scheduler(int(self.trainer.args.max_steps))
+        device = next(self.model.parameters()).device
+        self._eos_token_id = tokenizer.eos_token_id
+        self._prompts = [torch.tensor(ids, device=device) for ids in tokenizer(text=list(task.prompts))["input_ids"]]
+        self._completions = Completions(*(each.to(device) for each in task.completions(tokenizer)))
+        self.posteriors = [
+            each._replace(log_posterior=each.log_posterior.to(device))
+            for each in task.posteriors(tokenizer, log_prior, log_potential)
+        ]
+
+    def _backward(self, divergence: Divergence) -> None:
+        for prompt, posterior in zip(self._prompts, self.posteriors, strict=True):
+            table = log_prob_table(self.model, prompt, self._completions, self._eos_token_id)  # (N,)
+            (exact_loss(table, posterior.log_posterior, divergence) / len(self._prompts)).backward()
+
+    def advance(self) -> None:
+        """One step, with what the Trainer does with a gradient: clip it, step, and move the learning rate."""
+        self._backward(self.divergence)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
+        self.trainer.optimizer.step()
+        self.trainer.lr_scheduler.step()
+        self.trainer.optimizer.zero_grad()
+        self.step += 1
+
+    def gradient(self, divergence: str) -> Tensor:
+        """The exact gradient of `D_f(pi||p) / f''(1)` where the policy is, of all parameters, `(D,)`."""
+        self.trainer.optimizer.zero_grad()
+        self._backward(get_divergence(divergence))
+        found = torch.cat([weight.grad.flatten() for weight in self.model.parameters() if weight.grad is not None])
+        self.trainer.optimizer.zero_grad()
+        return found
+
+
 def train_without_noise(
     problem: ExactProblem, divergence: str, *, evaluate_at: Iterable[int] = (), **settings: Any
 ) -> ExactRun:
@@ -93,42 +144,19 @@ def train_without_noise(
     log_potential = problem.log_potential
     if problem.target.hard and not minimized.allows_hard_constraints:
         log_potential = lambda rewards: rewards / arguments["beta"]  # noqa: E731
-    with ready_trainer(task, RLOOTrainer, RLOOConfig, arguments, reward_funcs=task.reward_func) as (
-        trainer,
-        tokenizer,
-        log_prior,
-    ):
-        model, steps = cast(PreTrainedModel, trainer.model), int(trainer.args.max_steps)
-        trainer.create_optimizer_and_scheduler(steps)
-        device = next(model.parameters()).device
-        prompts = [torch.tensor(ids, device=device) for ids in tokenizer(text=list(task.prompts))["input_ids"]]
-        completions = Completions(*(each.to(device) for each in task.completions(tokenizer)))
-        posteriors = [
-            each._replace(log_posterior=each.log_posterior.to(device))
-            for each in task.posteriors(tokenizer, log_prior, log_potential)
-        ]
+    with ready_trainer(task, RLOOTrainer, RLOOConfig, arguments, reward_funcs=task.reward_func) as ready:
+        training = NoiseFree(ready, task, log_potential, minimized)
 
         def fit() -> PolicyFit:
-            return task.evaluate(model, tokenizer, log_prior, problem.log_potential)
+            return task.evaluate(training.model, ready.tokenizer, ready.log_prior, problem.log_potential)
 
-        curve, wanted, seconds, per_step = [], set(evaluate_at), 0.0, trainer.args.per_device_train_batch_size
+        curve, wanted, seconds = [], set(evaluate_at), 0.0
+        steps, per_step = int(ready.trainer.args.max_steps), ready.trainer.args.per_device_train_batch_size
         for step in range(steps + 1):
             if step in wanted:
                 curve.append(Point(step * per_step, seconds, fit()))
-            if step == steps:
-                break
-            start = time.perf_counter()
-            for prompt, posterior in zip(prompts, posteriors, strict=True):
-                table = log_prob_table(model, prompt, completions, tokenizer.eos_token_id)  # (N,)
-                (exact_loss(table, posterior.log_posterior, minimized) / len(prompts)).backward()
-            _update(trainer, model)
-            seconds += time.perf_counter() - start
+            if step < steps:
+                start = time.perf_counter()
+                training.advance()
+                seconds += time.perf_counter() - start
         return TrainingRun(problem.name, f"{NAME} {divergence}", 0, steps * per_step, seconds, fit(), tuple(curve))
-
-
-def _update(trainer: Any, model: nn.Module) -> None:
-    """What the Trainer does with a gradient: clip it, step, and move the learning rate."""
-    nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
-    trainer.optimizer.step()
-    trainer.lr_scheduler.step()
-    trainer.optimizer.zero_grad()
