@@ -67,6 +67,8 @@ def test_jobs_are_problems_by_trainers_by_seeds() -> None:
     full = jobs(ExactArguments(problems=["letters"], samples=102_400))
     assert {job.keywords["max_steps"] for job in full} == {400}  # type: ignore[attr-defined]
     assert len(full) == 3 + 7 * 5
+    replay = jobs(ExactArguments(problems=["letters", "hard-20k"], methods=["replay"], seeds=[0]))
+    assert len(replay) == (3 + 3) + (2 + 2)  # each trainer has a divergence of its own, and a limit
     assert jobs(ExactArguments(device="cuda"))[0].keywords["use_cpu"] is False  # type: ignore[attr-defined]
 
 

@@ -100,16 +100,16 @@ def test_a_small_run(tmp_path: Path) -> None:
 
 
 def test_what_is_unbiased_by_enumeration_is_found_to_be() -> None:
-    """All of the reverse KL's, and those that know Z: the squared bias is within its error, and far below |g|^2."""
+    """All of the reverse KL's, and those that know Z: the squared bias is within its error, far below the noise."""
     torch.set_num_threads(1)
     task = EnumerableTask("abc", 3, ("a", "b c"), lambda texts: [float(text.count("a")) for text in texts], seed=0)
     policies = []
     for scene in path(ExactProblem("small", task, beta=0.5), steps=(0, 3)):
         policies.append(scene.policy)
-        for row in measure_at(scene, draws=60, group_size=4, seed=0) if scene.policy != "at p" else []:
+        for row in measure_at(scene, draws=24, group_size=4, seed=0) if scene.policy != "at p" else []:
             if row.estimator.startswith("KL-RL") or row.estimator.endswith("known Z"):
                 moments = row.moments
-                assert abs(moments.squared_bias) < 4 * moments.squared_bias_error < row.squared_gradient
+                assert abs(moments.squared_bias) < 4 * moments.squared_bias_error < moments.variance / 2
     assert policies == ["prior", "3 steps", "at p"]
 
 

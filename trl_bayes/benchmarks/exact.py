@@ -10,13 +10,13 @@ from typing import Any
 from rich.progress import Progress
 
 from .enumeration import PolicyFit
-from .exact_training import ExactRun, problems, train, trainers
+from .exact_training import ExactProblem, ExactRun, problems, replaying, train, trainers
 from .figure import TrainingCurves
 from .jobs import in_order
 from .learning_curve import log_spaced
 from .noise_free import NAME, divergence_of, limit_method, train_without_noise
 from .section import Findings, check_words
-from .trainings import TrainingsArguments, check_parts, chosen, curves_of
+from .trainings import TrainerSetup, TrainingsArguments, check_parts, chosen, curves_of
 
 
 _PROBLEMS = problems()
@@ -32,6 +32,8 @@ class ExactArguments(TrainingsArguments):
             `balance`, which are soft; `hard-20k` and `hard-100k`, one constraint with two budgets. `samples` defaults
             to 20,480, and most have a budget of 102,400.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2, 3, 4]`): seeds of the trainings.
+
+    `methods` also names trainers that replay (`--methods replay`); without it they are left out.
     """
 
     problems: list[str] = field(
@@ -43,7 +45,7 @@ class ExactArguments(TrainingsArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_words("problems", self.problems, tuple(_PROBLEMS))
-        check_parts([setup for name in self.problems for setup in trainers(_PROBLEMS[name])], self.methods)
+        check_parts([setup for name in self.problems for setup in _every(_PROBLEMS[name])], self.methods)
 
     @property
     def most_samples(self) -> int:
@@ -61,12 +63,17 @@ def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
     """For each problem its limits, one a divergence, and a training for each trainer and seed."""
     found: list[Callable[[], ExactRun]] = []
     for problem in (_PROBLEMS[name] for name in dict.fromkeys(args.problems)):
-        setups, steps = chosen(trainers(problem), args.methods), problem.steps(args.most_samples)
+        setups = chosen(_every(problem), args.methods) if args.methods else trainers(problem)
+        steps = problem.steps(args.most_samples)
         settings: Any = {"evaluate_at": log_spaced(steps), "max_steps": steps, "use_cpu": args.use_cpu}
         divergences = dict.fromkeys(divergence_of(setup).name for setup in setups)
         found += [partial(train_without_noise, problem, divergence, **settings) for divergence in divergences]
         found += [partial(train, problem, setup, seed=seed, **settings) for setup in setups for seed in args.seeds]
     return found
+
+
+def _every(problem: ExactProblem) -> list[TrainerSetup]:
+    return [*trainers(problem), *replaying(problem)]
 
 
 def to_markdown(runs: Sequence[ExactRun], how: str) -> str:
@@ -103,7 +110,7 @@ def table(runs: Sequence[ExactRun]) -> str:
 
 def _limit_of(problem: str, method: str) -> str:
     """The run without noise that a trainer is compared with; no name for what is none of the problem's trainers."""
-    setups = {setup.name: setup for setup in trainers(_PROBLEMS[problem])}
+    setups = {setup.name: setup for setup in _every(_PROBLEMS[problem])}
     return limit_method(setups[method]) if method in setups else ""
 
 
