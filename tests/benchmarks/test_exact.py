@@ -57,8 +57,8 @@ def test_trainers_are_multiples_of_the_limit_of_their_own_divergence() -> None:
 def test_jobs_are_problems_by_trainers_by_seeds() -> None:
     args = ExactArguments(problems=["letters", "hard-20k", "letters"], methods=["RLOO", "DPG"], seeds=[0, 4, 0])
     every = jobs(args)
-    # RLOO, DPG and two of f-DPG on either with two seeds, and a limit for each of their three divergences
-    assert len(every) == 2 * (2 * 4 + 3)
+    # RLOO, DPG and two of f-DPG on either with two seeds, and a limit for each of their three divergences on letters
+    assert len(every) == 2 * (2 * 4) + 3
     settings = [job.keywords for job in every]  # type: ignore[attr-defined]
     assert [one.get("seed") for one in settings[:5]] == [None, None, None, 0, 4] and {
         one["max_steps"] for one in settings
@@ -68,7 +68,9 @@ def test_jobs_are_problems_by_trainers_by_seeds() -> None:
     assert {job.keywords["max_steps"] for job in full} == {400}  # type: ignore[attr-defined]
     assert len(full) == 3 + 7 * 5
     replay = jobs(ExactArguments(problems=["letters", "hard-20k"], methods=["replay"], seeds=[0]))
-    assert len(replay) == (3 + 3) + (2 + 2)  # each trainer has a divergence of its own, and a limit
+    assert len(replay) == (3 + 3) + 2  # on letters each trainer has a divergence of its own, and a limit
+    large = jobs(ExactArguments(problems=["hard-20k"], methods=["replay"], seeds=[0], largest_limit=20_000))
+    assert len(large) == 2 + 2
     assert jobs(ExactArguments(device="cuda"))[0].keywords["use_cpu"] is False  # type: ignore[attr-defined]
 
 
