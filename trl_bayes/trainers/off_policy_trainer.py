@@ -103,8 +103,9 @@ class OffPolicyTrainer(PosteriorTrainer):
         if "prompt_key" in batch and (latest := self.partition.latest(batch["prompt_key"][start:])) is not None:
             for name in ("log_z", "log_z_of_value"):
                 batch[name] = torch.cat([batch[name][:start], latest])
-        reused = self.estimator.reused_baseline(batch["log_z"][start:])
-        batch["baseline"] = torch.cat([batch["baseline"][:start], reused])
+        if "baseline" in batch:  # the terms of pairs have none
+            reused = self.estimator.reused_baseline(batch["log_z"][start:])
+            batch["baseline"] = torch.cat([batch["baseline"][:start], reused])
 
     def posterior_state(self) -> dict[str, Any]:
         state = super().posterior_state()
