@@ -39,7 +39,7 @@ class Row(NamedTuple):
 # By the command that trains them, with underscores
 TRAINERS: dict[str, Row] = {
     "kl_rl": Row(KLRLTrainer, KLRLConfig, ("reverse_kl",), allows_pure_rl=True),
-    "f_dpg": Row(FDPGTrainer, FDPGConfig, DIVERGENCES),
+    "f_dpg": Row(FDPGTrainer, FDPGConfig, DIVERGENCES, replays=True),
     "dpg": Row(DPGTrainer, DPGConfig, ("forward_kl",), replays=True),
     "tb": Row(TrajectoryBalanceTrainer, TrajectoryBalanceConfig, DIVERGENCES, replays=True),
     "ctrl": Row(CTRLTrainer, CTRLConfig, ("reverse_kl",), takes_target=False),

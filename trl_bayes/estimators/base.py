@@ -102,6 +102,18 @@ class Estimator(ABC):
         """
         return torch.zeros_like(log_z)
 
+    def reused_baseline(self, log_z: torch.Tensor) -> torch.Tensor:
+        """
+        The baseline of completions of earlier policies, `(B,)`: zero unless a subclass has one.
+
+        Their siblings' mean is that of the policy of their own time. What all are worth at the posterior is known at
+        any time, and with it the noise of a reused completion goes away as the policy comes near.
+
+        Args:
+            log_z (`torch.Tensor`): `log Z` that each is compared with, `(B,)`.
+        """
+        return torch.zeros_like(log_z)
+
     def value(self, sequences: Sequences) -> torch.Tensor:
         """What a completion adds to the logged loss: on average `D_f(pi||p)`, in nats."""
         return sequences.importance_ratio * self.divergence.f_over_t(sequences.log_density_ratio)
