@@ -72,7 +72,7 @@ def test_every_method_has_its_rows_and_the_table_its_columns(space: Space) -> No
     every = settings(space.max_log_potential)
     assert space.max_log_potential == 4 / BETA
     names = {setting.method.name for setting in every}
-    assert names == {"prior", "best_of_n", "rejection", "quasi_rejection", "mcmc", "smc"}
+    assert names == {"prior", "best_of_n", "rejection", "quasi_rejection", "mcmc", "smc", "realigned", "proxy"}
     assert len({(setting.family, setting.settings) for setting in every}) == len(every)
     lines = table([measure(space, every[0], 3)]).splitlines()
     assert len(lines) == 3 and all(line.count("|") == len(COLUMNS) + 1 for line in lines)

@@ -94,6 +94,11 @@ def refused(recipe: dict[str, Any], refusal: Callable[..., str]) -> Callable[...
         ("quasi_rejection", {"num_pilot": 50, "tolerance": 0.1}),
         ("mcmc", {"num_steps": 6, "num_chains": 2, "thin": 2, "kernel": "independence"}),
         ("smc", {"num_particles": 10, "upper_bound": True}),
+        ("realigned", {"factor": 2.0, "proposal_model_name_or_path": "policy"}),
+        (
+            "proxy",
+            {"factor": 0.5, "proposal_model_name_or_path": "policy", "proposal_base_model_name_or_path": "prior"},
+        ),
     ],
 )
 def test_each_method_writes_a_data_set(

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -15,6 +15,15 @@ from ..targets import Target
 from .source import CompletionSource
 
 
+class Mixture(NamedTuple):
+    """What a method samples instead of the proposal: coefficients of the logits of three models at every token."""
+
+    prior: float
+    proposal: float
+    base: float = 0.0
+    """Of what the proposal was trained from, where that is not the prior."""
+
+
 class Method(ABC):
     """
     A way to sample the posterior: an algorithm on completions and their weights that knows no model.
@@ -23,9 +32,15 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    needs_base: ClassVar[bool] = False
+    """Whether the method reads the model that the proposal was trained from, besides the proposal."""
 
     def check(self, target: Target, has_proposal: bool) -> None:  # noqa: B027 - most methods take any target
         """Raises `ValueError`, one sentence, for a target or a proposal that the method cannot work with."""
+
+    def mixture(self) -> Mixture | None:
+        """What takes the place of the proposal; `None` for the proposal itself, as most methods have it."""
+        return None
 
     @abstractmethod
     def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
@@ -40,6 +55,12 @@ class Method(ABC):
         Returns:
             [`~trl_bayes.language_models.completions.Completions`]: from [`as_draws`].
         """
+
+
+def at_least_zero(name: str, number: float) -> None:
+    """Refuses a factor that is negative or not finite."""
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"`{name}` must be finite and at least 0, got {number}.")
 
 
 def as_draws(
