@@ -8,12 +8,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from trl_bayes import DPGConfig, DPGTrainer, KLRLConfig, KLRLTrainer
+from trl_bayes.benchmarks.descent import descend
 from trl_bayes.benchmarks.laws import best_of_n_law, expected, kl, tilt
 from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, markdown_table, mean_and_spread
 from trl_bayes.benchmarks.paper_figure import curve, finish, panels
-from trl_bayes.benchmarks.policy_course import train_course
 from trl_bayes.benchmarks.tiny import EnumerableTask, balance_task
+from trl_bayes.divergences import get_divergence
+from trl_bayes.estimators import Estimator, ImportanceWeights, PureRL
 from trl_bayes.evaluation.figures import run_style
 from trl_bayes.targets import Constraint
 
@@ -40,11 +41,16 @@ def proxy_noise(size: int, freedom: float, seed: int) -> Tensor:
     return normal / (squares / freedom).sqrt() * (0.6745 / 0.8165)  # quartiles of the normal and of t with 2
 
 
+def task_of(seed: int) -> EnumerableTask:
+    """As many "a" as "b", "c" at the end if possible: 364 completions of each of 2 prompts."""
+    return replace(balance_task(), max_completion_length=5, prompts=("b c", "c a"), seed=seed)
+
+
 class Case:
     """A prior with its gold reward and a noisy proxy of it."""
 
     def __init__(self, noise: str, seed: int):
-        self.task = replace(balance_task(), seed=seed)
+        self.task = task_of(seed)
         self.log_prior, self.gold = enumerated(self.task)
         self.proxy = self.gold + proxy_noise(len(self.gold), NOISES[noise], seed)
 
@@ -66,21 +72,6 @@ class Case:
         """The prior where the proxy is above a quantile."""
         return (self.log_prior + Constraint(threshold=self.cut(quantile))(self.proxy.unsqueeze(1))).log_softmax(dim=-1)
 
-    def proxied(self) -> EnumerableTask:
-        """The task with the proxy as its reward, which a trainer sees as a function of the text."""
-        value_of = dict(zip(texts_of(self.task), self.proxy.tolist(), strict=True))
-        return replace(self.task, reward=lambda texts: [value_of[text] for text in texts])
-
-
-def texts_of(task: EnumerableTask) -> list[str]:
-    """All completions, in the order of the enumeration: shortest first, the first letters of the alphabet first."""
-    rows = [""]
-    texts = list(rows)
-    for _ in range(task.max_completion_length):
-        rows = [f"{row} {letter}".strip() for row in rows for letter in task.letters]
-        texts += rows
-    return texts
-
 
 def exact(noise: str, seed: int) -> dict[str, list[Point]]:
     """The laws of three ways to use the proxy, without any training."""
@@ -96,25 +87,20 @@ def exact(noise: str, seed: int) -> dict[str, list[Point]]:
 def trained(noise: str, seed: int, way: str, steps: int) -> list[Point]:
     """A policy on its way."""
     case = Case(noise, seed)
-    settings: dict[str, Any] = {
-        "max_steps": steps,
-        "per_device_train_batch_size": 64,
-        "learning_rate": 3e-3,
-        "adam_beta2": 0.99,
-        "seed": seed,
-        "evaluate_at": {round(steps * share) for share in (0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)},
-    }
     if way == TRAINED[0]:
-        course = train_course(case.proxied(), KLRLTrainer, KLRLConfig, beta=0.0, **settings)
+        estimator: Estimator = PureRL(get_divergence("reverse_kl"))
+        phi = case.proxy
     else:
-        target = Constraint(threshold=case.cut(0.9))
-        course = train_course(case.proxied(), DPGTrainer, DPGConfig, target, **settings)
+        estimator = ImportanceWeights(get_divergence("forward_kl"))
+        phi = Constraint(threshold=case.cut(0.9))(case.proxy.unsqueeze(1))
+    at = {round(steps * share) for share in (0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)}
+    course = descend(case.task, estimator, phi, steps=steps, seed=seed, evaluate_at=at)
     return [case.point(policy) for policy in course.log_policies]
 
 
 def experiment(setting: Setting) -> Shown:
     """All ways with all noises."""
-    steps = 2 if setting.quick else 150
+    steps = 2 if setting.quick else 60
     found: dict[str, dict[str, list[list[Point]]]] = {}
     for noise in NOISES:
         by_seed = [exact(noise, seed) for seed in setting.seeds]
