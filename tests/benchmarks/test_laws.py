@@ -103,8 +103,8 @@ def test_a_fit_and_a_descent_reach_the_posterior_and_pure_rl_does_not(tmp_path: 
     log_prior, rewards = TASK.log_probs(model, tokenizer), TASK.rewards(tokenizer)
     torch.testing.assert_close(all_log_probs(model, TASK, tokenizer).detach(), log_prior, rtol=0, atol=1e-5)
     posterior = tilt(log_prior, rewards, 1.0)
-    close = TASK.log_probs(fitted(model, TASK, tokenizer, posterior, steps=60), tokenizer)
-    assert kl(posterior, close).mean() < 0.01 < 0.1 < kl(posterior, log_prior).mean()
+    close = TASK.log_probs(fitted(model, TASK, tokenizer, posterior, steps=30), tokenizer)
+    assert kl(posterior, close).mean() < 0.02 < 0.1 < kl(posterior, log_prior).mean()
     descents = {
         estimator: descend(TASK, estimator, rewards, steps=30, evaluate_at=[0])
         for estimator in (ImportanceWeights(get_divergence("forward_kl")), PureRL(get_divergence("reverse_kl")))

@@ -132,10 +132,10 @@ def draw(axes: Any, runs: dict[str, list[Any]], sweep: dict[int, list[Any]]) -> 
     panel.grid(visible=False)
     finish(panel, "divergence over the best of its column", "measured with", "trained with", legend=False)
     for index, (name, of_seeds) in enumerate(runs.items()):
-        curve(axes[1], of_seeds[0]["steps"], [run["entropy"] for run in of_seeds], index, SYMBOLS[name])
-    level = statistics.mean(run["posterior_entropy"] for run in runs["forward_kl"])
-    axes[1].axhline(level, color="#222222", linewidth=0.8, linestyle=":", label="posterior")
-    finish(axes[1], "entropy along training", "steps", "nats")
+        above = [[value - run["posterior_entropy"] for value in run["entropy"]] for run in of_seeds]
+        curve(axes[1], of_seeds[0]["steps"], above, index, SYMBOLS[name])
+    axes[1].axhline(0, color="#222222", linewidth=0.8, linestyle=":")
+    finish(axes[1], "entropy above the posterior's", "steps", "nats")
     for index, (size, of_seeds) in enumerate(sweep.items()):
         curve(axes[2], of_seeds[0]["steps"], [run["forward_kl"] for run in of_seeds], index, f"{size} dimensions")
     axes[2].set_yscale("log")

@@ -24,7 +24,6 @@ from trl_bayes.evaluation.figures import run_style
 from trl_bayes.targets import (
     Transform,
     best_of_n,
-    beta_for_kl,
     ctrl_best_of_n,
     ctrl_worst_of_n,
     identity,
@@ -46,8 +45,8 @@ DECODING |= {f"worst of {n}": (n, "worst_of_n") for n in SIZES}
 
 
 def task_of(seed: int) -> EnumerableTask:
-    """1,333 completions of each of 2 prompts, no two with the same reward."""
-    return replace(ranked_task(), prompts=("a", "b"), seed=seed)
+    """421 completions of each of 2 prompts, no two with the same reward."""
+    return replace(ranked_task(), letters="abcdefghijklmnopqrst", prompts=("a", "b"), seed=seed)
 
 
 def rates(laws: Tensor, log_prior: Tensor, rewards: Tensor) -> dict[str, float]:
@@ -60,23 +59,29 @@ def rates(laws: Tensor, log_prior: Tensor, rewards: Tensor) -> dict[str, float]:
     return {"kl": of_size[SIZES[0]].kl_prior, **found}
 
 
+def posterior(name: str, log_prior: Tensor, u: Tensor, nats: float) -> Tensor:
+    """The posterior of a transform at a budget, `(P, N)`."""
+    values = TRANSFORMS[name](u)
+    return at_kl(lambda beta: tilt(log_prior, values, beta), log_prior, nats)
+
+
 def posteriors(seed: int) -> dict[str, list[dict[str, float]]]:
     """Of each transform at each budget, on a prior of its own."""
     log_prior, rewards = enumerated(task_of(seed))
     u = cumulative(log_prior, rewards).middle
-    found = {}
-    for name, transform in TRANSFORMS.items():
-        laws = [tilt(log_prior, transform(u), beta_for_kl(transform, nats)) for nats in BUDGETS]
-        found[name] = [rates(law, log_prior, rewards) for law in laws]
-    return found
+    return {
+        name: [rates(posterior(name, log_prior, u, nats), log_prior, rewards) for nats in BUDGETS]
+        for name in TRANSFORMS
+    }
 
 
 def trained(name: str, seed: int, steps: int) -> dict[str, float]:
     """Of a policy at one budget."""
-    transform, task = TRANSFORMS[name], task_of(seed)
+    task = task_of(seed)
     log_prior, rewards = enumerated(task)
-    phi = transform(cumulative(log_prior, rewards).middle) / beta_for_kl(transform, TRAINED_AT)
-    course = descend(task, PolicyGradient(get_divergence("reverse_kl")), phi, steps=steps, group_size=1024, seed=seed)
+    phi = posterior(name, log_prior, cumulative(log_prior, rewards).middle, TRAINED_AT) - log_prior
+    estimator = PolicyGradient(get_divergence("reverse_kl"))
+    course = descend(task, estimator, phi, steps=steps, group_size=1024, seed=seed)
     return rates(course.log_policies[-1], log_prior, rewards)
 
 

@@ -100,7 +100,7 @@ def trained(noise: str, seed: int, way: str, steps: int) -> list[Point]:
 
 def experiment(setting: Setting) -> Shown:
     """All ways with all noises."""
-    steps = 2 if setting.quick else 60
+    steps = 2 if setting.quick else 45
     found: dict[str, dict[str, list[list[Point]]]] = {}
     for noise in NOISES:
         by_seed = [exact(noise, seed) for seed in setting.seeds]
