@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -202,6 +202,7 @@ def measure(space: Space, setting: Setting, num_samples: int, seed: int = 0) -> 
         num_samples (`int`): draws of each prompt.
         seed (`int`, *optional*, defaults to `0`): of the draws.
     """
+    models: dict[str, Any] = {role: space.model(name) for role, name in setting.models.items()}
     sampler = Sampler(
         space.prior,
         space.tokenizer,
@@ -209,7 +210,7 @@ def measure(space: Space, setting: Setting, num_samples: int, seed: int = 0) -> 
         Tilt(BETA),
         setting.method,
         SamplingSettings(space.task.max_completion_length, batch_size=_MOST_AT_ONCE, seed=seed),
-        **{role: space.model(name) for role, name in setting.models.items()},
+        **models,
     )
     start = time.perf_counter()
     draws = sampler.sample(space.task.prompts, num_samples * setting.resample)
