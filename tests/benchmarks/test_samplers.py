@@ -68,11 +68,20 @@ def test_resampling_weighted_draws_comes_near_the_posterior(space: Space) -> Non
     assert resampled.total_variation < 1.5 * resampled.floor < prior.total_variation
 
 
+def test_policies_whose_logits_are_mixed_are_near_the_posterior(space: Space) -> None:
+    """By their own law, without weights; the policy of twice the temperature is farther if it is not realigned."""
+    every = {(setting.family, setting.settings): setting for setting in settings(space.max_log_potential)}
+    rows = {key: measure(space, every[key], 1500) for key in every if key[0] in ("prior", "realigned", "proxy")}
+    prior, policy, realigned, proxy = (row.total_variation for row in rows.values())
+    floor = next(iter(rows.values())).floor
+    assert max(realigned, proxy) < 1.5 * floor < policy < prior
+
+
 def test_every_method_has_its_rows_and_the_table_its_columns(space: Space) -> None:
     every = settings(space.max_log_potential)
     assert space.max_log_potential == 4 / BETA
     names = {setting.method.name for setting in every}
-    assert names == {"prior", "best_of_n", "rejection", "quasi_rejection", "mcmc", "smc"}
+    assert names == {"prior", "best_of_n", "rejection", "quasi_rejection", "mcmc", "smc", "realigned", "proxy"}
     assert len({(setting.family, setting.settings) for setting in every}) == len(every)
     lines = table([measure(space, every[0], 3)]).splitlines()
     assert len(lines) == 3 and all(line.count("|") == len(COLUMNS) + 1 for line in lines)

@@ -118,6 +118,21 @@ def test_each_method_writes_a_data_set(
     assert ("what a bound B costs" in printed) == (method == "quasi_rejection")
 
 
+@pytest.mark.parametrize("method", ["realigned", "proxy"])
+def test_policies_whose_logits_are_mixed(method: str, recipe: dict[str, Any], models: dict[str, str]) -> None:
+    """Half of the way from the prior; a policy is its own base's, or another's. What has no evidence has no weight."""
+    recipe |= {"factor": 0.5, "proposal_model_name_or_path": models["policy"]}
+    if method == "proxy":
+        recipe |= {"proposal_base_model_name_or_path": models["prior"]}
+    diagnostics = sample(recipe, "--method", method)
+    assert diagnostics["settings"]["method"] == {"factor": 0.5} and diagnostics["num_draws"] == 20
+    assert diagnostics["settings"]["proposal_base"] == recipe.get("proposal_base_model_name_or_path")
+    rows = load_dataset("out")["train"]
+    for text, weight in zip(rows["completion"], rows["log_weight"], strict=True):
+        assert (weight > float("-inf")) == ("a" in text)
+    assert len(set(rows["log_weight"])) > 5  # exact weights, not those of the posterior's own samples
+
+
 def test_a_proposal_a_target_with_arguments_and_flags_that_beat_the_recipe(
     recipe: dict[str, Any], models: dict[str, str]
 ) -> None:
@@ -302,6 +317,14 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], message: str, refuse
 
 
 def test_proposals_that_cannot_be_used(refused: Callable[..., str], models: dict[str, str]) -> None:
+    assert "there is no policy: set `proposal_model_name_or_path`" in refused({"method": "realigned"})
+    policy = {"proposal_model_name_or_path": models["policy"]}
+    assert "set `proposal_base_model_name_or_path`" in refused({"method": "proxy", **policy})
+    assert "leave `proposal_base_model_name_or_path` out" in refused(
+        {"method": "mcmc", **policy, "proposal_base_model_name_or_path": models["prior"]}
+    )
+    missing = {"method": "proxy", **policy, "proposal_base_model_name_or_path": "nope/nope"}
+    assert "`proposal_base_model_name_or_path`: the model" in refused(missing)
     assert "draws from the prior" in refused({"proposal_model_name_or_path": models["policy"]})
     message = refused({"proposal_model_name_or_path": models["other"], "method": "mcmc"})
     assert message.startswith("The tokenizer of the proposal has another vocabulary than the prior's")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -23,14 +23,17 @@ from ..samplers.base import Method
 from ..samplers.best_of_n import BestOfN
 from ..samplers.importance import Importance
 from ..samplers.mcmc import MetropolisHastings
+from ..samplers.proxy import Proxy
 from ..samplers.quasi_rejection import QuasiRejection
+from ..samplers.realigned import Realigned
 from ..samplers.rejection import Rejection
 from ..samplers.sampler import Sampler
 from ..samplers.smc import SequentialMonteCarlo, systematic
 from ..targets import Tilt
+from .fitted import fitted
 from .jobs import quiet
 from .section import Findings, SectionArguments
-from .tiny import EnumerableTask, letter_count_task
+from .tiny import EnumerableTask, build_tiny_model, letter_count_task
 
 
 BETA = 1.0
@@ -88,6 +91,7 @@ class Setting:
     settings: str
     method: Method
     resample: int = 1
+    models: dict[str, str] = field(default_factory=dict)  # of a sampler's arguments, by their names in [`Space`]
 
 
 class Measured(NamedTuple):
@@ -113,6 +117,36 @@ class Space:
     tokenizer: PreTrainedTokenizerBase
     log_posterior: Tensor
     places: dict[tuple[int, ...], int] = field(repr=False)
+    folder: str | Path = ""
+    _models: dict[str, PreTrainedModel] = field(default_factory=dict, repr=False)
+
+    def model(self, name: str) -> PreTrainedModel:
+        """
+        A model that only some samplers need, made when it is first asked for.
+
+        `policy` has the posterior at twice the temperature; `small base` is a smaller model with the prior's law as
+        far as it can, and `small policy` the same with the posterior of its own.
+        """
+        if name not in self._models:
+            if name == "policy":
+                log_prior = self.task.log_probs(self.prior, self.tokenizer)
+                start, law = self.prior, self._tilted(log_prior, 2 * BETA)
+            elif name == "small base":
+                path = build_tiny_model(
+                    Path(self.folder, "small"), self.task.letters, 7, hidden_size=8, num_layers=1, num_heads=1
+                )
+                start, law = (
+                    AutoModelForCausalLM.from_pretrained(path),
+                    self.task.log_probs(self.prior, self.tokenizer),
+                )
+            else:
+                start = self.model("small base")
+                law = self._tilted(self.task.log_probs(start, self.tokenizer), BETA)
+            self._models[name] = fitted(start, self.task, self.tokenizer, law)
+        return self._models[name]
+
+    def _tilted(self, log_law: Tensor, beta: float) -> Tensor:
+        return (log_law + self.task.rewards(self.tokenizer) / beta).log_softmax(dim=1)
 
     @property
     def max_log_potential(self) -> float:
@@ -129,7 +163,7 @@ def load_space(folder: str | Path) -> Space:
     completions = task.completions(tokenizer)
     rows = [tuple(ids[mask].tolist()) for ids, mask in zip(completions.ids, completions.mask, strict=True)]
     log_posterior = torch.stack([posterior.log_posterior for posterior in posteriors])
-    return Space(task, prior, tokenizer, log_posterior, {row: i for i, row in enumerate(rows)})
+    return Space(task, prior, tokenizer, log_posterior, {row: i for i, row in enumerate(rows)}, folder)
 
 
 def settings(max_log_potential: float) -> list[Setting]:
@@ -151,6 +185,10 @@ def settings(max_log_potential: float) -> list[Setting]:
         for particles in (2, 4, 8, 16, 32):
             runs = SequentialMonteCarlo(particles, tokens_per_step=1, twist=twist, draws_per_run=1)
             rows.append(Setting(f"SMC, {name}", f"{particles} particles, 1 draw a run", runs))
+    realigned = {"proposal": "policy"}
+    rows += [Setting("realigned", f"policy of 2 beta, factor {f:g}", Realigned(f), models=realigned) for f in (1, 2)]
+    small = {"proposal": "small policy", "proposal_base": "small base"}
+    rows.append(Setting("proxy", "a small pair, factor 1", Proxy(), models=small))
     return rows
 
 
@@ -164,6 +202,7 @@ def measure(space: Space, setting: Setting, num_samples: int, seed: int = 0) -> 
         num_samples (`int`): draws of each prompt.
         seed (`int`, *optional*, defaults to `0`): of the draws.
     """
+    models: dict[str, Any] = {role: space.model(name) for role, name in setting.models.items()}
     sampler = Sampler(
         space.prior,
         space.tokenizer,
@@ -171,6 +210,7 @@ def measure(space: Space, setting: Setting, num_samples: int, seed: int = 0) -> 
         Tilt(BETA),
         setting.method,
         SamplingSettings(space.task.max_completion_length, batch_size=_MOST_AT_ONCE, seed=seed),
+        **models,
     )
     start = time.perf_counter()
     draws = sampler.sample(space.task.prompts, num_samples * setting.resample)

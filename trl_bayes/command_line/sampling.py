@@ -14,6 +14,7 @@ from rich.table import Table
 from ..language_models.completions import Completions
 from ..language_models.settings import at_least
 from ..samplers import METHODS, Method, Sampler, SamplingError
+from ..samplers.sampler import check_base
 from ..targets import build_target
 from ..targets.base import weighted_sum
 from ..trainers.posterior_config import PosteriorConfig
@@ -72,9 +73,11 @@ class SampleArguments(MethodOptions, StudyArguments):
 
     Parameters:
         method (`str`, *optional*, defaults to `"rejection"`):
-            One of `prior`, `best_of_n`, `rejection`, `quasi_rejection`, `mcmc`, `smc`.
+            One of `prior`, `best_of_n`, `rejection`, `quasi_rejection`, `mcmc`, `smc`, `realigned`, `proxy`.
         proposal_model_name_or_path (`str`, *optional*):
             Policy that proposes completions, with the vocabulary of the prior. Defaults to the prior.
+        proposal_base_model_name_or_path (`str`, *optional*):
+            What this policy was trained from, for `proxy`.
         num_samples (`int`, *optional*, defaults to `16`):
             Samples of each prompt.
         num_prior_samples (`int`, *optional*, defaults to `100`):
@@ -92,6 +95,10 @@ class SampleArguments(MethodOptions, StudyArguments):
         metadata={
             "help": "Policy that proposes completions, with the vocabulary of the prior. Defaults to the prior."
         },
+    )
+    proposal_base_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "proxy: what the proposal was trained from, with the vocabulary of the prior."},
     )
     num_samples: int = field(default=16, metadata={"help": "Samples of each prompt."})
     num_prior_samples: int = field(
@@ -146,12 +153,15 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
     Raises:
         ValueError: one sentence.
     """
-    training, proposal_name = arguments.training, args.proposal_model_name_or_path
+    training = arguments.training
     folder, method = prepare_folder(args.output_dir, args.overwrite), args.make_method()
-    method.check(build_target(training.target, training.beta), proposal_name is not None)
-    if proposal_name is not None:
-        proposal_name = model_path(proposal_name)
-        find_config("proposal_model_name_or_path", proposal_name, training.trust_remote_code)
+    method.check(build_target(training.target, training.beta), args.proposal_model_name_or_path is not None)
+    check_base(method, args.proposal_base_model_name_or_path is not None)
+    others: dict[str, str] = {}
+    for field_name in ("proposal_model_name_or_path", "proposal_base_model_name_or_path"):
+        if (named := getattr(args, field_name)) is not None:
+            others[field_name.removesuffix("_model_name_or_path")] = path = model_path(named)
+            find_config(field_name, path, training.trust_remote_code)
     study = load_study(args, arguments)
     sampler = Sampler(
         study.prior,
@@ -160,7 +170,7 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
         study.target,
         method,
         study.settings,
-        proposal=None if proposal_name is None else load_model(proposal_name, arguments, args.device),
+        **{role: load_model(path, arguments, args.device) for role, path in others.items()},
         reward_weights=study.reward_weights,
         num_prior_samples=args.num_prior_samples,
         prior_samples_dir=study.prior_samples_dir,
@@ -170,6 +180,7 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
     settings = {
         "prior": study.named,
         "proposal": args.proposal_model_name_or_path,
+        "proposal_base": args.proposal_base_model_name_or_path,
         "rewards": study.reward_names,
         "target": repr(study.target),
         "method": {name: value for name, value in asdict(cast(Any, method)).items() if value is not None},

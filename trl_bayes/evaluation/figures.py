@@ -111,11 +111,11 @@ def _use_root_scale(axes: Axes, largest: float) -> None:
     axes.yaxis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
 
 
-def png(draw: Callable[[], Figure]) -> bytes:
+def png(draw: Callable[[], Figure], dpi: int = 180) -> bytes:
     with rc_context(_STYLE):
         figure = draw()
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=180, bbox_inches="tight", facecolor="white")
+        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
     return buffer.getvalue()
 
 

@@ -2,16 +2,19 @@
 The posterior at decoding time: the same targets, sampled without training.
 
 A [`Sampler`] applies a method to models: [`BestOfN`], [`Rejection`], [`QuasiRejection`], [`MetropolisHastings`],
-[`SequentialMonteCarlo`], or [`Importance`], which weights samples of the prior.
+[`SequentialMonteCarlo`], [`Importance`], which weights samples of the prior, or [`Realigned`] and [`Proxy`], which
+weight those of trained policies whose logits are mixed with the prior's.
 """
 
 from ..language_models.completions import Completions
 from ..language_models.settings import SamplingSettings
-from .base import Method, setting
+from .base import Method, Mixture, setting
 from .best_of_n import BestOfN, kl_of_best_of_n
 from .importance import Importance
 from .mcmc import MetropolisHastings
+from .proxy import Proxy
 from .quasi_rejection import QuasiRejection, TradeOff, trade_off
+from .realigned import Realigned
 from .rejection import Rejection
 from .sampler import Sampler
 from .smc import SequentialMonteCarlo
@@ -20,7 +23,16 @@ from .source import CompletionSource, SamplingError
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Importance, BestOfN, Rejection, QuasiRejection, MetropolisHastings, SequentialMonteCarlo)
+    for method in (
+        Importance,
+        BestOfN,
+        Rejection,
+        QuasiRejection,
+        MetropolisHastings,
+        SequentialMonteCarlo,
+        Realigned,
+        Proxy,
+    )
 }
 """Methods by the name that `trl-bayes sample --method` takes."""
 
@@ -32,7 +44,10 @@ __all__ = [
     "Importance",
     "Method",
     "MetropolisHastings",
+    "Mixture",
+    "Proxy",
     "QuasiRejection",
+    "Realigned",
     "Rejection",
     "Sampler",
     "SamplingError",

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -13,6 +13,15 @@ from torch import Tensor
 from ..language_models.completions import Completions
 from ..targets import Target
 from .source import CompletionSource
+
+
+class Mixture(NamedTuple):
+    """What a method samples instead of the proposal: coefficients of the logits of three models at every token."""
+
+    prior: float
+    proposal: float
+    base: float = 0.0
+    """Of what the proposal was trained from, where that is not the prior."""
 
 
 class Method(ABC):
@@ -24,9 +33,15 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    needs_base: ClassVar[bool] = False
+    """Whether the method reads the model that the proposal was trained from, besides the proposal."""
 
     def check(self, target: Target, has_proposal: bool) -> None:  # noqa: B027 - most methods take any target
         """Raises `ValueError`, one sentence, for a target or a proposal that the method cannot work with."""
+
+    def mixture(self) -> Mixture | None:
+        """What takes the place of the proposal; `None` for the proposal itself, as most methods have it."""
+        return None
 
     @abstractmethod
     def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:
@@ -46,6 +61,12 @@ class Method(ABC):
 def setting(default: Any, text: str) -> Any:
     """A field of a [`Method`], with what `trl-bayes sample --help` says of it."""
     return field(default=default, metadata={"help": text})
+
+
+def at_least_zero(name: str, number: float) -> None:
+    """Refuses a factor that is negative or not finite."""
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"`{name}` must be finite and at least 0, got {number}.")
 
 
 def as_draws(

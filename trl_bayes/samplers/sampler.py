@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.completions import Completions, Prompt
+from ..language_models.mixed import MixedModel
 from ..language_models.settings import SamplingSettings, at_least
 from ..language_models.vocabulary import check_same_vocabulary
 from ..prior.reference import draw_prior
@@ -44,6 +45,8 @@ class Sampler:
             How completions are drawn, of prior and proposal. The same ones give the same draws.
         proposal ([`~transformers.PreTrainedModel`], *optional*):
             Policy with the prior's vocabulary from which completions are proposed. Defaults to the prior.
+        proposal_base ([`~transformers.PreTrainedModel`], *optional*):
+            What the proposal was trained from, for a method that reads it ([`Proxy`]).
         reward_weights (`torch.Tensor`, *optional*): (K,), as the trainers'.
         num_prior_samples (`int`, *optional*, defaults to `100`): see `target`.
         prior_samples_dir (`str`, *optional*): folder in which these are kept and found, see
@@ -65,6 +68,7 @@ class Sampler:
         settings: SamplingSettings,
         *,
         proposal: PreTrainedModel | None = None,
+        proposal_base: PreTrainedModel | None = None,
         reward_weights: Tensor | None = None,
         num_prior_samples: int = 100,
         prior_samples_dir: str | None = None,
@@ -81,9 +85,12 @@ class Sampler:
             )
         target.bind(reward_names(reward_funcs), reward_weights)
         method.check(target, proposal is not None)
-        if proposal is not None:
-            check_same_vocabulary("proposal", proposal.config._name_or_path, proposal.config, prior.config, tokenizer)
-        self.prior, self.proposal, self.tokenizer = prior, proposal, tokenizer
+        check_base(method, proposal_base is not None)
+        for role, model in (("proposal", proposal), ("proposal's base", proposal_base)):
+            if model is not None:
+                check_same_vocabulary(role, model.config._name_or_path, model.config, prior.config, tokenizer)
+        self.prior, self.tokenizer = prior, tokenizer
+        self.proposal = mixed_proposal(method, prior, proposal, proposal_base)
         self.reward_funcs, self.target, self.method = list(reward_funcs), target, method
         self.settings, self.num_prior_samples = settings, num_prior_samples
         self.prior_samples_dir, self.prior_name, self.prior_seed = prior_samples_dir, prior_name, prior_seed
@@ -164,6 +171,38 @@ class Sampler:
         target = copy.deepcopy(self.target)
         target.fit(reference.scores(keys))
         return target
+
+
+def check_base(method: Method, has_base: bool) -> None:
+    """
+    Checks that the model which the proposal was trained from is there if the method reads it, and only then.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if method.needs_base and not has_base:
+        raise ValueError(
+            f"The method {method.name!r} compares the proposal with what it was trained from: set "
+            "`proposal_base_model_name_or_path`."
+        )
+    if has_base and not method.needs_base:
+        raise ValueError(
+            f"The method {method.name!r} does not read what the proposal was trained from: leave "
+            "`proposal_base_model_name_or_path` out, or use the method 'proxy'."
+        )
+
+
+def mixed_proposal(
+    method: Method, prior: PreTrainedModel, proposal: PreTrainedModel | None, base: PreTrainedModel | None
+) -> PreTrainedModel | None:
+    """What a method samples: the proposal, or the mixture that it makes of the models."""
+    mixture = method.mixture()
+    if mixture is None or proposal is None:
+        return proposal
+    parts = [(prior, mixture.prior), (proposal, mixture.proposal)]
+    if base is not None:
+        parts.append((base, mixture.base))
+    return cast(PreTrainedModel, MixedModel(*zip(*parts, strict=True)))  # called and sampled as one
 
 
 def warn_of_shortfall(draws: Completions, n: int) -> None:
