@@ -1,8 +1,8 @@
 """An estimator at work where all completions are known: the loss of the trainers, without TRL's generation around it.
 
-A step draws completions from the policy's exact law, makes the terms of the loss as the trainers do (`Estimator.terms`,
-`Estimator.loss`, a running log Z) and takes a step of Adam. It costs a tenth of a step of a trainer, so that many seeds
-and settings can be compared; what the trainers add is measured elsewhere.
+A step draws completions from the policy's exact law, makes the terms of the loss as the trainers do
+(`Estimator.terms`, `Estimator.loss`, a running log Z) and takes a step of Adam. It costs a tenth of a step of a
+trainer, so that many seeds and settings can be compared; what the trainers add is measured elsewhere.
 """
 
 import tempfile

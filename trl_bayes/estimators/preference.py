@@ -106,20 +106,20 @@ def larger_wins(rewards: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 class Preference(PolicyGradient):
     """
-    Where a policy that learns from preferences stands, and in `loss` the loss by which it learns.
+    Where a policy that learns from preferences stands, and in `pairwise` the loss by which it learns.
 
     What is estimated from a group is the distance `KL(pi||p)` to the tilt posterior of the rewards, the fixed point of
-    a Bradley-Terry preference. The gradient is that of `loss`, which reads pairs and no groups.
+    a Bradley-Terry preference. The gradient is that of `pairwise`, which reads pairs and no groups.
 
     Args:
         divergence ([`~trl_bayes.divergences.Divergence`]): reverse KL.
-        loss ([`PreferenceLoss`]): of the pairs.
+        pairwise ([`PreferenceLoss`]): of the pairs.
     """
 
-    def __init__(self, divergence: Divergence, loss: PreferenceLoss):
+    def __init__(self, divergence: Divergence, pairwise: PreferenceLoss):
         super().__init__(divergence)
-        self.loss = loss
+        self.pairwise = pairwise
 
     @property
     def objective(self) -> str:
-        return f"the XPO loss of preferences (`{self.loss.loss_type}`)"
+        return f"the XPO loss of preferences (`{self.pairwise.loss_type}`)"

@@ -228,7 +228,7 @@ class PreferenceTrainer(PosteriorTrainer):
         known = ~output["preference"].isnan()
         terms = PairTerms(log_prior, output["preference"].nan_to_num(nan=0.5), known)
         self._log(generation_metrics(output | terms._asdict(), log_policy - log_prior, log_policy, self.accelerator))
-        factors = self.estimator.loss.factors(log_policy, terms, self._alpha)
+        factors = self.estimator.pairwise.factors(log_policy, terms, self._alpha)
         advantages = self.accelerator.gather(-factors.flatten())
         show_advantages(cast("deque[float]", self._logs["advantages"]), advantages)
         return terms._asdict()
@@ -248,14 +248,14 @@ class PreferenceTrainer(PosteriorTrainer):
         )
         log_policy = (logps * batch["completion_mask"]).sum(dim=1).view(2, -1).T  # (M, 2)
         terms = PairTerms(*(inputs[name] for name in PairTerms._fields))
-        parts = self.estimator.loss.losses(log_policy, terms, self._alpha)
+        parts = self.estimator.pairwise.losses(log_policy, terms, self._alpha)
         loss = (parts[0] + parts[1]).mean()
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss
             self._mode_metrics["aux_loss"].append(self.accelerator.gather(aux_loss).mean().item())
         self._log(entropy_metric(entropies, batch, self.accelerator))
-        self._log(loss_metrics(log_policy, terms, parts, self.estimator.loss, self.accelerator))
-        self._log({"alpha": self._alpha, "beta": self.estimator.loss.beta})
+        self._log(loss_metrics(log_policy, terms, parts, self.estimator.pairwise, self.accelerator))
+        self._log({"alpha": self._alpha, "beta": self.estimator.pairwise.beta})
         return loss / self.current_gradient_accumulation_steps if self.model.training else loss
 
 
