@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .trainers.f_dpg import FDPGConfig, FDPGTrainer
     from .trainers.kl_rl import KLRLConfig, KLRLTrainer
     from .trainers.trajectory_balance import TrajectoryBalanceConfig, TrajectoryBalanceTrainer
+    from .trainers.xpo import XPOTrainer
+    from .trainers.xpo_config import XPOConfig
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,8 @@ _MODULE_OF = {
     "KLRLTrainer": "kl_rl",
     "TrajectoryBalanceConfig": "trajectory_balance",
     "TrajectoryBalanceTrainer": "trajectory_balance",
+    "XPOConfig": "xpo_config",
+    "XPOTrainer": "xpo",
 }
 
 __all__ = [  # noqa: F822 - imported on first use, since TRL takes seconds to import
@@ -41,6 +45,8 @@ __all__ = [  # noqa: F822 - imported on first use, since TRL takes seconds to im
     "KLRLTrainer",
     "TrajectoryBalanceConfig",
     "TrajectoryBalanceTrainer",
+    "XPOConfig",
+    "XPOTrainer",
 ]
 
 

@@ -15,12 +15,15 @@ import notebooks  # noqa: E402 - a hook is loaded by its path, so its neighbors 
 import refusals  # noqa: E402
 
 
-FIGURES = {"images/reward_against_kl.png": "recipes/python_syntax/reward_against_kl.png"}
+FIGURES = {
+    "images/reward_against_kl.png": "recipes/python_syntax/reward_against_kl.png",
+    "images/smollm2_json.png": "recipes/smollm2/json/results.png",
+}
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds pages and figures."""
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=changelog))
     for notebook in sorted((ROOT / "recipes" / "notebooks").glob("*.ipynb")):
         page, pictures = notebooks.as_markdown(notebook)

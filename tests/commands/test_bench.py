@@ -14,7 +14,7 @@ from trl_bayes.commands import bench
 
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = {"exact", "embedded", "step", "scaling", "samplers", "calibrated"}
+SECTIONS = {"exact", "embedded", "step", "scaling", "samplers", "calibrated", "exploration"}
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -93,7 +93,8 @@ def test_two_sections_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     cli.main(["bench", "exact", "embedded", *arguments, "--output_dir", str(tmp_path / "out")])
     record = json.loads((tmp_path / "out" / "bench.json").read_text(), parse_constant=pytest.fail)
     assert record["machine"]["torch"] == torch.__version__ and record["machine"]["processor"]
-    (exact,) = record["exact"]
+    limit, exact = record["exact"]
+    assert limit["method"] == "noise-free jensen_shannon"
     assert (exact["problem"], exact["seed"], exact["samples"]) == ("letters", 3, 512)
     assert [point["samples"] for point in exact["curve"]] == [0, 256, 512]
     (embedded,) = record["embedded"]["runs"]

@@ -55,12 +55,14 @@ from trl_bayes.estimators import (
     vargrad_log_z,
 )
 from trl_bayes.groups import (
+    Group,
     bounded_leave_one_out_log_z,
     effective_sample_size,
     leave_one_out_log_z,
     log_weights,
     pooled_log_z,
 )
+from trl_bayes.partitions import fixed_log_z
 
 
 def test_every_divergence_is_enumerated() -> None:
@@ -444,10 +446,30 @@ def test_leave_one_out_baseline_by_hand(name: str) -> None:
 
 
 @every_divergence
-def test_leave_one_out_baseline_of_a_lone_sample_is_its_own_pseudo_reward(name: str) -> None:
+def test_leave_one_out_baseline_of_a_lone_sample_is_what_all_are_worth_at_the_posterior(name: str) -> None:
     divergence, log_ratio, log_z = divergence_of(name), vector(0.4, INF).unsqueeze(0), vector(0.7, 0.7).unsqueeze(0)
     baseline = leave_one_out_baseline(log_ratio, log_z, torch.tensor([[True, False]]), divergence)
-    assert baseline[0, 0] == -divergence.slope(log_ratio + log_z)[0, 0]
+    assert baseline[0, 0] == -divergence.slope(torch.zeros(1))
+
+
+@pytest.mark.parametrize("estimator", [ScoreFunction, PolicyGradient, ImportanceWeights, TrajectoryBalance])
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jensen_shannon"])
+def test_one_completion_a_prompt_gives_the_gradient_where_z_is_known(
+    estimator: Callable[[Divergence], Estimator], name: str
+) -> None:
+    divergence = {PolicyGradient: "reverse_kl", ImportanceWeights: "forward_kl"}.get(estimator, name)  # type: ignore[call-overload]
+    gradient = expected_gradient(estimator(divergence_of(divergence)), SOFT, LOG_POLICY, group_size=1)
+    assert_equal(gradient, exact_gradient(f_divergence(divergence, SOFT)))
+
+
+def test_one_completion_a_prompt_gives_no_gradient_at_the_posterior() -> None:
+    """Sample by sample: its baseline is what it is worth there."""
+    log_target = vector(-1.0, -2.0)
+    log_policy, log_target = (log_target - 0.5).unsqueeze(1), log_target.unsqueeze(1)
+    group = Group(log_policy, log_policy, log_target, torch.zeros_like(log_target))
+    for estimator in (ScoreFunction(divergence_of("jensen_shannon")), PolicyGradient(divergence_of("reverse_kl"))):
+        terms = estimator.terms(group, fixed_log_z(vector(0.5, 0.5), group))
+        assert_equal(terms.advantages, torch.zeros(2, 1, dtype=log_target.dtype))
 
 
 @pytest.mark.parametrize("name", [name for name in TEXTBOOK if name != "total_variation"])  # its slope is flat

@@ -14,6 +14,8 @@ from trl_bayes import (
     KLRLTrainer,
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
+    XPOConfig,
+    XPOTrainer,
 )
 from trl_bayes.divergences import DIVERGENCES
 
@@ -27,6 +29,7 @@ class Row(NamedTuple):
     takes_target: bool = True  # else it makes its own
     replays: bool = False  # completions of earlier policies, `replay_buffer_size`
     allows_pure_rl: bool = False  # `beta=0`
+    further: tuple[str, ...] = ()  # arguments of the constructor that no other trainer has
 
     @property
     def chooses_divergence(self) -> bool:
@@ -36,10 +39,11 @@ class Row(NamedTuple):
 # By the command that trains them, with underscores
 TRAINERS: dict[str, Row] = {
     "kl_rl": Row(KLRLTrainer, KLRLConfig, ("reverse_kl",), allows_pure_rl=True),
-    "f_dpg": Row(FDPGTrainer, FDPGConfig, DIVERGENCES),
+    "f_dpg": Row(FDPGTrainer, FDPGConfig, DIVERGENCES, replays=True),
     "dpg": Row(DPGTrainer, DPGConfig, ("forward_kl",), replays=True),
     "tb": Row(TrajectoryBalanceTrainer, TrajectoryBalanceConfig, DIVERGENCES, replays=True),
     "ctrl": Row(CTRLTrainer, CTRLConfig, ("reverse_kl",), takes_target=False),
+    "xpo": Row(XPOTrainer, XPOConfig, ("reverse_kl",), takes_target=False, further=("judge",)),
 }
 
 
@@ -48,7 +52,8 @@ def having(condition: Callable[[Row], bool]) -> list[str]:
     return [name for name, row in TRAINERS.items() if condition(row)]
 
 
-# CTRL is KL-RL with a target of its own: what is tested of the others' loss and of a run holds for it as well
+# CTRL is KL-RL with a target of its own: what is tested of the others' loss and of a run holds for it as well. XPO
+# learns from pairs, by another loss, and has tests of its own
 ANY_TARGET = having(lambda row: row.takes_target)
 
 # A short run of a tiny model on the CPU that keeps nothing but its logs

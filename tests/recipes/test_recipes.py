@@ -28,8 +28,12 @@ from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
 
 ROOT = Path(__file__).parents[2]
+# Of a single training; those of `demo-rl` have sections, and a test of their own
+OF_STAGES = "demonstrations"
 SMOLLM2 = [path for path in ROOT.glob("recipes/smollm2/*/*.yaml") if path.name != "methods.yaml"]
-RECIPES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("recipes/*/*.yaml"), *SMOLLM2])
+RECIPES = sorted(
+    str(path.relative_to(ROOT)) for path in [*ROOT.glob("recipes/*/*.yaml"), *SMOLLM2] if path.parent.name != OF_STAGES
+)
 READMES = sorted(ROOT.glob("recipes/**/README.md"))
 # Rows with the columns that each data set has on the Hub
 HUB_DATA: dict[str, dict[str, Any]] = {
@@ -71,7 +75,9 @@ def launches(readme: Path) -> list[Launch]:
     return found
 
 
-LAUNCHES = list(dict.fromkeys(launch for readme in READMES for launch in launches(readme)))
+LAUNCHES = list(
+    dict.fromkeys(launch for readme in READMES if readme.parent.name != OF_STAGES for launch in launches(readme))
+)
 
 
 def trainer_of(command: str) -> type[PosteriorTrainer]:

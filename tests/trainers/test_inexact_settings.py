@@ -155,14 +155,14 @@ def test_generation_that_leaves_the_model_in_training_mode(model_path: str, tmp_
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_warnings_point_at_the_users_line(kind: str, model_path: str, tmp_path: Path) -> None:
     row = TRAINERS[kind]
-    args = row.config(**arguments(tmp_path, loss_type="grpo"))
+    args = row.config(**arguments(tmp_path, epsilon=0.1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         line = inspect.currentframe().f_lineno + 1  # type: ignore[union-attr]
         row.trainer(model_path, TASK.reward_func, args, TASK.dataset(16))
     (warning,) = [w for w in caught if "no effect" in str(w.message)]
     assert (warning.filename, warning.lineno) == (__file__, line)
-    assert str(warning.message).startswith("`loss_type` has no effect: the loss is the divergence to the posterior")
+    assert str(warning.message).startswith("`epsilon` has no effect: the loss is the divergence to the posterior")
 
 
 def test_warnings_of_trl_point_at_the_users_line(
@@ -184,9 +184,16 @@ def test_warnings_of_trl_point_at_the_users_line(
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_signature_is_grpo_s_with_a_target(kind: str) -> None:
-    ours = inspect.signature(TRAINERS[kind].trainer)
-    assert ours == inspect.signature(PosteriorTrainer)
-    assert list(ours.parameters) == [*inspect.signature(GRPOTrainer).parameters, "target"]
+    row = TRAINERS[kind]
+    ours = dict(inspect.signature(row.trainer).parameters)
+    further = [ours.pop(name) for name in row.further]
+    assert all(parameter.kind == inspect.Parameter.KEYWORD_ONLY for parameter in further)
+    assert [*ours] == [*inspect.signature(GRPOTrainer).parameters, "target"]
+    posterior = inspect.signature(PosteriorTrainer).parameters
+    assert ours.keys() == posterior.keys()
+    for name, parameter in posterior.items():
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+        assert name == "args" or ours[name].annotation == parameter.annotation, name
 
 
 def test_ctrl_takes_no_target(model_path: str, tmp_path: Path) -> None:

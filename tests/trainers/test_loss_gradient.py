@@ -223,10 +223,14 @@ def coefficients(case: str, group: list[Sample], z: list[float]) -> list[float]:
     for i, sample in enumerate(group):
         ratio = math.exp(sample.log_pi - sample.log_q)
         if method == "kl_rl":
-            baseline = mean_of_others([s.log_target - s.log_pi_then for s in group], i)
+            baseline = math.log(z[i])  # alone, what it is worth at the posterior
+            if len(group) > 1:
+                baseline = mean_of_others([s.log_target - s.log_pi_then for s in group], i)
             factors.append(-ratio * (sample.log_target - sample.log_pi - baseline))
         elif method == "f_dpg":
-            baseline = mean_of_others([-slope(t_of(s.log_pi_then, s, z[i])) for s in group], i)
+            baseline = -slope(1.0)
+            if len(group) > 1:
+                baseline = mean_of_others([-slope(t_of(s.log_pi_then, s, z[i])) for s in group], i)
             factors.append(ratio * (slope(t_of(sample.log_pi, sample, z[i])) + baseline))
         elif method == "dpg":
             factors.append(ratio - math.exp(sample.log_target - sample.log_q) / z[i])
@@ -627,9 +631,9 @@ def test_running_partition(case: str, make: Make) -> None:
     assert_same_gradient(gradient, assemble(trainer, scaled(case, expected.coefficients), list(range(8))))
 
 
-@pytest.mark.parametrize("case", ["dpg:forward_kl", "tb:reverse_kl"])
+@pytest.mark.parametrize("case", ["dpg:forward_kl", "tb:reverse_kl", "f_dpg:jensen_shannon", "f_dpg:forward_kl"])
 def test_replay(case: str, make: Make) -> None:
-    """Replayed completions keep the q and the evidence of their own time."""
+    """Replayed completions keep the q and the evidence of their own time; f-DPG's are compared with the posterior."""
     trainer = make(case, gradient_accumulation_steps=1, replay_buffer_size=8)
     then = log_probs(trainer.model)
     old_evidence = by_hand(case, trainer, then, fit=False).z
@@ -658,6 +662,7 @@ def test_replay(case: str, make: Make) -> None:
     ]
     _, gradient = gradient_of(trainer, batch)
     prompts, completions = [PROMPTS[i] for i in rows], [COMPLETIONS[i] for i in rows]
+    factors = scaled(case, factors)
     expected = assemble(trainer, factors, list(range(16)), completions=completions, prompts=prompts)
     assert_same_gradient(gradient, expected)
 

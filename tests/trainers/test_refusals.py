@@ -72,6 +72,7 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         ({"off_policy_mask_threshold": 1.0}, "`off_policy_mask_threshold` drops completions"),
         ({"vllm_structured_outputs_regex": "a*"}, "`vllm_structured_outputs_regex` hides completions"),
         ({"num_generations": 1}, "`num_generations=1` leaves a completion without siblings"),
+        ({"num_generations": 0, "partition": "prior_samples"}, "`num_generations=0` leaves a completion without"),
         ({"beta": -0.1}, "`beta=-0.1` is not a temperature"),
         ({"beta": float("nan")}, "`beta=nan` is not a temperature"),
         ({"partition": "exact"}, "Unknown `partition='exact'`: use one of"),

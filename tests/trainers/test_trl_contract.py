@@ -129,6 +129,10 @@ def test_what_we_import_from_trl_is_there(file: str, module: str, name: str) -> 
     [
         ("_calculate_rewards", ["inputs", "prompts", "completions", "completion_ids_list"]),
         ("_generate_and_score_completions", ["inputs"]),
+        (
+            "_generate_single_turn",
+            ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
         ("_compute_loss", ["model", "inputs"]),
         ("_save_checkpoint", ["model", "trial"]),
         ("_load_optimizer_and_scheduler", ["checkpoint"]),
@@ -138,6 +142,17 @@ def test_what_we_import_from_trl_is_there(file: str, module: str, name: str) -> 
 def test_signatures_of_the_methods_that_we_override_or_call(method: str, parameters: list[str]) -> None:
     signature = inspect.signature(getattr(GRPOTrainer, method))
     assert list(signature.parameters) == ["self", *parameters]
+
+
+def test_completions_are_generated_by_one_method_row_by_row(make: Make) -> None:
+    # preference_trainer.py puts the prior's completions beside those that it has generated
+    trainer = make()
+    given = [[65, 66, 2], [67, 2], [68, 2], [69, 70, 71, 2]]
+    trainer._generate_single_turn = lambda *args: (given, None)
+    trainer.train()
+    (_, output), *_ = trainer.generated
+    pairs = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
+    assert [ids[mask].tolist() for ids, mask in pairs] == given
 
 
 def test_signature_of_the_scorer() -> None:
@@ -214,7 +229,7 @@ def test_defaults_that_we_assume(name: str, default: Any) -> None:
 
 
 def test_settings_without_effect_are_those_listed_here() -> None:
-    assert set(posterior_config._NO_EFFECT) == set(WITHOUT_EFFECT)
+    assert set(posterior_config.NO_EFFECT) == set(WITHOUT_EFFECT)
 
 
 def test_every_setting_of_grpo_is_judged() -> None:

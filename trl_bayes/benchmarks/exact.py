@@ -5,15 +5,16 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from rich.progress import Progress
 
 from .enumeration import PolicyFit
-from .exact_training import ExactProblem, ExactRun, problems, train, trainers
+from .exact_training import ExactProblem, ExactRun, problems, replaying, train, trainers
 from .figure import TrainingCurves
 from .jobs import in_order
 from .learning_curve import log_spaced
+from .noise_free import NAME, divergence_of, limit_method, train_without_noise
 from .section import Findings, check_words
 from .trainings import TrainerSetup, TrainingsArguments, check_parts, chosen, curves_of
 
@@ -30,17 +31,26 @@ class ExactArguments(TrainingsArguments):
         problems (`list[str]`, *optional*, defaults to `["letters", "hard-20k"]`): tasks: `letters`, `bigrams` and
             `balance`, which are soft; `hard-20k` and `hard-100k`, one constraint with two budgets. `samples` defaults
             to 20,480, and most have a budget of 102,400.
+        seeds (`list[int]`, *optional*, defaults to `[0, 1, 2, 3, 4]`): seeds of the trainings.
+        largest_limit (`int`, *optional*, defaults to `2000`): completions a prompt up to which the noise-free limit is
+            computed. The hard tasks have 19,608, and a step on all of them takes seconds.
+
+    `methods` also names trainers that replay (`--methods replay`); without it they are left out.
     """
 
     problems: list[str] = field(
         default_factory=lambda: ["letters", "hard-20k"],
         metadata={"help": f"Tasks: {', '.join(_PROBLEMS)}."},
     )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of the trainings."})
+    largest_limit: int = field(
+        default=2000, metadata={"help": "Completions a prompt up to which the noise-free limit is computed."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_words("problems", self.problems, tuple(_PROBLEMS))
-        check_parts([setup for name in self.problems for setup in trainers(_PROBLEMS[name])], self.methods)
+        check_parts([setup for name in self.problems for setup in _every(_PROBLEMS[name])], self.methods)
 
     @property
     def most_samples(self) -> int:
@@ -49,50 +59,81 @@ class ExactArguments(TrainingsArguments):
 
 
 def run(args: ExactArguments, progress: Progress) -> Iterator[Findings]:
-    """Trains every chosen trainer on every problem with every seed."""
+    """Trains every chosen trainer on every problem with every seed, and each divergence without noise."""
     for runs in in_order(jobs(args), args.num_parallel, progress, "exact tasks"):
         yield Findings([to_record(run) for run in runs], to_markdown(runs, args.how()), _curves(runs))
 
 
 def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
-    """A training for each problem, trainer and seed."""
-    return [
-        _job(_PROBLEMS[name], setup, seed, args)
-        for name in dict.fromkeys(args.problems)
-        for setup in chosen(trainers(_PROBLEMS[name]), args.methods)
-        for seed in args.seeds
-    ]
+    """For each problem its limits, one a divergence, and a training for each trainer and seed."""
+    found: list[Callable[[], ExactRun]] = []
+    for problem in (_PROBLEMS[name] for name in dict.fromkeys(args.problems)):
+        setups = _asked_for(problem, args.methods)
+        steps = problem.steps(args.most_samples)
+        settings: Any = {"evaluate_at": log_spaced(steps), "max_steps": steps, "use_cpu": args.use_cpu}
+        divergences = dict.fromkeys(divergence_of(setup).name for setup in setups)
+        if problem.task.num_completions <= args.largest_limit:
+            found += [partial(train_without_noise, problem, divergence, **settings) for divergence in divergences]
+        found += [partial(train, problem, setup, seed=seed, **settings) for setup in setups for seed in args.seeds]
+    return found
 
 
-def _job(problem: ExactProblem, setup: TrainerSetup, seed: int, args: ExactArguments) -> Callable[[], ExactRun]:
-    steps = problem.steps(args.most_samples)
-    settings = {"evaluate_at": log_spaced(steps), "max_steps": steps, "use_cpu": args.use_cpu}
-    return partial(train, problem, setup, seed=seed, **cast(Any, settings))
+def _asked_for(problem: ExactProblem, parts: Sequence[str]) -> list[TrainerSetup]:
+    """Trainers by parts of their names, all if there are none; those that replay only where a part says so."""
+    replay = [part for part in parts if "replay" in part]
+    others = [part for part in parts if part not in replay]
+    found = chosen(trainers(problem), others) if others or not replay else []
+    return [*found, *(chosen(replaying(problem), replay) if replay else [])]
+
+
+def _every(problem: ExactProblem) -> list[TrainerSetup]:
+    return [*trainers(problem), *replaying(problem)]
 
 
 def to_markdown(runs: Sequence[ExactRun], how: str) -> str:
     """The section's part of the page."""
-    text = f"All completions are known, so every distance is exact. Means over {how}. Seconds are those of training."
+    text = (
+        f"All completions are known, so every distance is exact. Over {how}. `{NAME}` is the same optimizer, schedule "
+        "and number of steps on the exact gradient of a divergence, and `× limit` a trainer's KL(p‖π) in multiples of "
+        "what that reaches on the trainer's own divergence: median, and smallest to largest over seeds. The other "
+        "columns are means. Seconds are those of training."
+    )
     return "\n\n".join(["## Exact tasks", text, table(runs), curve_tables(runs)])
 
 
 def table(runs: Sequence[ExactRun]) -> str:
-    """A row per problem and trainer: means over seeds, and the worst seed of `KL(p||pi)`."""
+    """A row per problem and trainer, with `KL(p||pi)` in nats and in multiples of the noise-free limit."""
     lines = [
-        "| problem | trainer | samples | KL(p‖π) mean | worst seed | KL(π‖p) | TV | mass outside | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| problem | trainer | samples | KL(p‖π) median | worst | × limit | KL(π‖p) | TV | mass outside | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (problem, method), group in _groups(runs).items():
+    groups = _groups(runs)
+    for (problem, method), group in groups.items():
         forward, reverse, variation, outside = (
             [getattr(run.final, name) for run in group]
             for name in ("forward_kl", "reverse_kl", "total_variation", "mass_outside")
         )
+        limit = groups.get((problem, _limit_of(problem, method)), [])
         lines.append(
-            f"| {problem} | {method} | {group[0].samples:,} | {statistics.mean(forward):.4f} | {max(forward):.4f} | "
-            f"{_number(statistics.mean(reverse))} | {statistics.mean(variation):.4f} | "
+            f"| {problem} | {method} | {group[0].samples:,} | {statistics.median(forward):.4f} | {max(forward):.4f} | "
+            f"{_multiples(forward, limit)} | {_number(statistics.mean(reverse))} | {statistics.mean(variation):.4f} | "
             f"{statistics.mean(outside):.4f} | {statistics.mean(run.seconds for run in group):.1f} |"
         )
     return "\n".join(lines)
+
+
+def _limit_of(problem: str, method: str) -> str:
+    """The run without noise that a trainer is compared with; no name for what is none of the problem's trainers."""
+    setups = {setup.name: setup for setup in _every(_PROBLEMS[problem])}
+    return limit_method(setups[method]) if method in setups else ""
+
+
+def _multiples(values: Sequence[float], limit: Sequence[ExactRun]) -> str:
+    """Median and range of some `KL(p||pi)` over that of the limit."""
+    if not limit:
+        return ""
+    middle, least, most = (pick(values) / limit[0].final.forward_kl for pick in (statistics.median, min, max))
+    return f"{middle:.2f}" if len(values) == 1 else f"{middle:.2f} ({least:.2f} to {most:.2f})"
 
 
 def curve_tables(runs: Sequence[ExactRun]) -> str:

@@ -107,6 +107,24 @@ def trainers(problem: ExactProblem) -> list[TrainerSetup]:
     ]
 
 
+def replaying(problem: ExactProblem) -> list[TrainerSetup]:
+    """
+    Trainers that use three completions of earlier policies for each fresh one: no more are drawn, and an update takes
+    four times as long.
+
+    With the reverse KL f-DPG is KL-RL with a `Z`.
+    """
+    replay = {"replay_buffer_size": 8192, "replay_ratio": 3.0}
+    divergences = ["jensen_shannon"] if problem.target.hard else ["jensen_shannon", "reverse_kl"]
+    return [
+        TrainerSetup("dpg, replay 3", DPGTrainer, DPGConfig, replay),
+        *(
+            TrainerSetup(f"f-dpg {name}, replay 3", FDPGTrainer, FDPGConfig, {"divergence": name, **replay})
+            for name in divergences
+        ),
+    ]
+
+
 def default_arguments(task: EnumerableTask) -> dict[str, Any]:
     """Training arguments that reach the posterior of an enumerable task: 400 steps of 256 completions on the CPU."""
     return {

@@ -52,9 +52,12 @@ class Page:
     def finish(self) -> list[str]:
         """Draws the figure, if there are curves, writes all and returns the names of the files."""
         curves = [each for found in self.findings.values() for each in found.curves]
-        figure = f"{self.name}.png" if curves else None
+        drawn = [found.figure for found in self.findings.values() if found.figure is not None]
+        if curves:
+            drawn.insert(0, divergence_figure(curves))
+        figure = f"{self.name}.png" if drawn else None
         if figure:
-            (self.folder / figure).write_bytes(divergence_figure(curves))
+            (self.folder / figure).write_bytes(drawn[0])
         self.write(figure)
         return [f"{self.name}.json", f"{self.name}.md", *([figure] if figure else [])]
 
@@ -68,7 +71,10 @@ class Page:
             *(found.markdown for found in self.findings.values()),
         ]
         if figure is not None:
-            parts.append(f"![KL(p‖π) against completions and against seconds]({figure})")
+            own = any(found.figure is not None for found in self.findings.values())
+            parts.append(
+                f"![{'What was found' if own else 'KL(p‖π) against completions and against seconds'}]({figure})"
+            )
         return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

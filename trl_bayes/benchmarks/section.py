@@ -26,6 +26,8 @@ class Findings(NamedTuple):
     """A heading of the second level, and tables."""
     curves: Sequence[TrainingCurves] = ()
     """For the figure; none if there is nothing to draw."""
+    figure: bytes | None = None
+    """A PNG file of the section's own, in place of one of curves."""
 
 
 @dataclass

@@ -144,6 +144,11 @@ class EnumerableTask:
         """Save the task's prior and tokenizer to a folder and return it; see `build_tiny_model`."""
         return build_tiny_model(folder, letters=self.letters, seed=self.seed, logit_std=self.logit_std)
 
+    @property
+    def num_completions(self) -> int:
+        """N, of each prompt."""
+        return sum(len(self.letters) ** length for length in range(self.max_completion_length + 1))
+
     def dataset(self, num_rows: int) -> Dataset:
         """A dataset with the column "prompt": the prompts in turn, repeated to `num_rows` rows."""
         return Dataset.from_dict({"prompt": [self.prompts[row % len(self.prompts)] for row in range(num_rows)]})

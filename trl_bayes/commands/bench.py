@@ -75,7 +75,7 @@ def help_text() -> str:
             *(f"  {name:<{width}}{summary}" for name, summary in known.items()),
             "",
             f"`{_PROGRAM} SECTION --help` lists the flags of a section. Of several sections a flag goes to each that",
-            f"has it. No section stands for {', '.join(_DEFAULT)}: less than 15 minutes on two CPU cores.",
+            f"has it. No section stands for {', '.join(_DEFAULT)}: less than 40 minutes on two CPU cores.",
         ]
     )
 

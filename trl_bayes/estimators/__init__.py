@@ -5,22 +5,29 @@ from .baselines import leave_one_out_baseline, leave_one_out_mean
 from .divergence_estimates import DivergenceEstimates, divergence_estimates
 from .importance_weights import ImportanceWeights, importance_coefficient
 from .policy_gradient import PolicyGradient, PureRL
+from .preference import LOSS_TYPES, PairTerms, Preference, PreferenceLoss, bradley_terry, larger_wins
 from .score_function import ScoreFunction, score_function_coefficient
 from .trajectory_balance import TrajectoryBalance, trajectory_balance_coefficient, vargrad_log_z
 
 
 __all__ = [
+    "LOSS_TYPES",
     "DivergenceEstimates",
     "Estimator",
     "ImportanceWeights",
+    "PairTerms",
     "PolicyGradient",
+    "Preference",
+    "PreferenceLoss",
     "PureRL",
     "ScoreFunction",
     "Sequences",
     "Terms",
     "TrajectoryBalance",
+    "bradley_terry",
     "divergence_estimates",
     "importance_coefficient",
+    "larger_wins",
     "leave_one_out_baseline",
     "leave_one_out_mean",
     "score_function_coefficient",

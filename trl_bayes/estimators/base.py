@@ -78,6 +78,11 @@ class Estimator(ABC):
     def __init__(self, divergence: Divergence):
         self.divergence = divergence
 
+    @property
+    def objective(self) -> str:
+        """What is minimized, in words."""
+        return f"the divergence `{self.divergence.name}`"
+
     @abstractmethod
     def coefficient(self, sequences: Sequences) -> torch.Tensor:
         """The factor `c_i` of `grad log pi(y_i)` in the gradient of the loss; no gradient flows through it."""
@@ -94,6 +99,18 @@ class Estimator(ABC):
             group ([`~trl_bayes.groups.Group`]): the completions.
             log_z (`torch.Tensor`): `log Z` that each is compared with, `(P, G)`.
             usable (`torch.Tensor`): boolean `(P, G)`, which of them count.
+        """
+        return torch.zeros_like(log_z)
+
+    def reused_baseline(self, log_z: torch.Tensor) -> torch.Tensor:
+        """
+        The baseline of completions of earlier policies, `(B,)`: zero unless a subclass has one.
+
+        Their siblings' mean is that of the policy of their own time. What all are worth at the posterior is known at
+        any time, and with it the noise of a reused completion goes away as the policy comes near.
+
+        Args:
+            log_z (`torch.Tensor`): `log Z` that each is compared with, `(B,)`.
         """
         return torch.zeros_like(log_z)
 

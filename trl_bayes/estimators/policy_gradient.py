@@ -13,7 +13,8 @@ class PolicyGradient(Estimator):
 
         grad KL(pi||p) = -E_q[(pi/q) (log P - log pi - b) grad log pi].
 
-    `Z` is the same for a whole group and cancels. See [RL with KL penalties is better viewed as Bayesian
+    `Z` is the same for a whole group and cancels; a completion without siblings is compared with `log Z`, which is
+    what all are worth at the posterior. See [RL with KL penalties is better viewed as Bayesian
     inference](https://huggingface.co/papers/2205.11275).
     """
 
@@ -26,7 +27,7 @@ class PolicyGradient(Estimator):
     def baseline(self, group: Group, log_z: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros_like(log_z)
         alone = Sequences(group.log_policy, group.log_target, group.log_proposal, log_z=log_z, baseline=zeros)
-        return leave_one_out_mean(self.pseudo_reward(alone), usable)
+        return leave_one_out_mean(self.pseudo_reward(alone), usable, log_z)
 
 
 class PureRL(PolicyGradient):
@@ -36,6 +37,9 @@ class PureRL(PolicyGradient):
     """
 
     has_posterior = False
+
+    def baseline(self, group: Group, log_z: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+        return leave_one_out_mean(group.log_target, usable)
 
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
         return sequences.log_target

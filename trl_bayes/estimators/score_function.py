@@ -25,6 +25,9 @@ class ScoreFunction(Estimator):
     def baseline(self, group: Group, log_z: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
         return leave_one_out_baseline(group.log_policy - group.log_target, log_z, usable, self.divergence)
 
+    def reused_baseline(self, log_z: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(log_z, -self.divergence.slope_at_one)
+
 
 def score_function_coefficient(
     log_policy: torch.Tensor,

@@ -56,6 +56,8 @@ def sequence_log_probs(output: dict[str, Any], policy: torch.Tensor) -> torch.Te
     prior = output.get("ref_per_token_logps")
     # Pure RL has no prior: log P is the log-potential alone
     prior = torch.zeros_like(policy) if prior is None else prior
+    if "from_prior" in output:  # which sampled these
+        proposal = torch.where(output["from_prior"].unsqueeze(1), prior, proposal)
     mask = own_tokens(output).unsqueeze(2)
     return (torch.stack([policy, proposal, prior], dim=2).float() * mask).sum(dim=1)
 

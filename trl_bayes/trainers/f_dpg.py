@@ -4,18 +4,19 @@ import textwrap
 from dataclasses import dataclass
 
 from ..estimators import Estimator, ScoreFunction
+from .off_policy_trainer import OffPolicyConfig, OffPolicyTrainer
 from .posterior_config import DivergenceConfig, PosteriorConfig
-from .posterior_trainer import PosteriorTrainer
 
 
 @dataclass
-class FDPGConfig(DivergenceConfig):
+class FDPGConfig(DivergenceConfig, OffPolicyConfig):
     r"""
-    Configuration for the [`FDPGTrainer`]: that of [`DivergenceConfig`], with Jensen-Shannon as the default.
+    Configuration for the [`FDPGTrainer`]: that of [`DivergenceConfig`], with Jensen-Shannon as the default, and that
+    of [`OffPolicyConfig`].
     """
 
 
-class FDPGTrainer(PosteriorTrainer):
+class FDPGTrainer(OffPolicyTrainer):
     """
     Trainer for f-DPG, from [Aligning Language Models with Preferences through f-divergence
     Minimization](https://huggingface.co/papers/2302.08215).
@@ -26,7 +27,7 @@ class FDPGTrainer(PosteriorTrainer):
         grad D_f(pi||p) = E_pi[f'(t) grad log pi],
 
     a policy gradient with the pseudo-reward `-f'(t)` and its leave-one-out mean as baseline. Completions of an earlier
-    policy (`num_iterations` > 1, vLLM) are weighted by the sequence's ratio `pi/q`, unclipped.
+    policy (`num_iterations` > 1, `replay_buffer_size`, vLLM) are weighted by the sequence's ratio `pi/q`, unclipped.
 
     Example:
 

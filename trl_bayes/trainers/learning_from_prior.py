@@ -34,6 +34,9 @@ from .batches import own_tokens, row_hash, sequence_log_probs
 GIVEN = "trl_bayes_completion"
 """Under which what reward functions are given travels in a row of the data."""
 
+REWARDS = "trl_bayes_rewards"
+"""Under which the rewards of a completion travel in its row of the data, until the batch has them."""
+
 
 class RowsOfData(NamedTuple):
     """The different rows of all data sets, in the order of their first occurrence."""

@@ -82,6 +82,8 @@ def token_kl(policy: torch.Tensor, output: dict[str, Any], accelerator: Accelera
     if "ref_per_token_logps" not in output:
         return {}
     mask = own_tokens(output)
+    if "from_prior" in output:
+        mask = mask * ~output["from_prior"].unsqueeze(1)
     difference = output["ref_per_token_logps"].float() - policy.float()
     sums = torch.stack([((finite_exp(difference) - difference - 1) * mask).sum(), mask.sum().float()])
     total, tokens = accelerator.reduce(sums, reduction="sum").tolist()

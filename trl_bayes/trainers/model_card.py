@@ -24,13 +24,14 @@ _SHOWN = {
 
 
 def posterior_section(
-    target: str, divergence: str, partition: str, log_history: Sequence[Mapping[str, Any]], inexact: Sequence[str] = ()
+    target: str, objective: str, partition: str, log_history: Sequence[Mapping[str, Any]], inexact: Sequence[str] = ()
 ) -> str:
     """
-    The section in Markdown: target, divergence, how log Z is estimated, and the last logged estimates.
+    The section in Markdown: target, objective, how log Z is estimated, and the last logged estimates.
 
     Args:
-        target, divergence, partition (`str`): as the trainer names them.
+        target, partition (`str`): as the trainer names them.
+        objective (`str`): what is minimized.
         log_history (`Sequence[Mapping]`): the trainer's log, the latest entry last.
         inexact (`Sequence[str]`): sentences on settings under which the fixed point is another.
     """
@@ -38,7 +39,7 @@ def posterior_section(
         "### Posterior",
         "",
         f"The target is `{target}`: the posterior p ∝ π₀ exp(φ), where π₀ is the prior and φ the log-potential that "
-        f"the target reads from the rewards. The divergence is `{divergence}`; log Z is estimated by `{partition}`.",
+        f"the target reads from the rewards. What is minimized is {objective}; log Z is estimated by `{partition}`.",
     ]
     if inexact:
         lines += ["", f"**Not exact.** {' '.join(inexact)}"]
@@ -58,7 +59,7 @@ def add_section(file: Path, estimator: Estimator, target: Target, args: Posterio
     """Adds the section on the posterior to a model card that TRL has written."""
     section = posterior_section(
         repr(target) if estimator.has_posterior else "the largest reward (pure RL, no prior)",
-        estimator.divergence.name,
+        estimator.objective,
         args.partition,
         state.log_history,
         [inexact.fixed_point for inexact in args.inexact],

@@ -21,7 +21,8 @@ class OffPolicyConfig(PosteriorConfig):
 
     Parameters:
         replay_buffer_size (`int`, *optional*, defaults to `0`):
-            Number of past completions that each process keeps, with their recorded `log q`. 0 keeps none.
+            Number of past completions that each process keeps, with their recorded `log q`. 0 keeps none. Replay is
+            the strongest way to need fewer samples: see "How close to the limit" in the documentation.
         replay_ratio (`float`, *optional*, defaults to `1.0`):
             Replayed completions added to a generated batch, per fresh one. The micro-batches of the update grow by
             this factor, once the buffer holds enough.
@@ -92,16 +93,19 @@ class OffPolicyTrainer(PosteriorTrainer):
         if len(self.replay_buffer) >= self.args.num_replayed:
             rows = self.replay_buffer.sample(self.args.num_replayed)
             output = append_rows(fresh, rows, self._tokenizer.pad_token_id)
-            self._refresh_log_z(output, start=len(fresh["usable"]))
+            self._refresh(output, start=len(fresh["usable"]))
         self._log({"posterior/replayed_frac": 1 - len(fresh["usable"]) / len(output["usable"])})
         self.replay_buffer.add(fresh)
         return output
 
-    def _refresh_log_z(self, batch: dict[str, Any], start: int) -> None:
-        """The `log Z` of replayed prompts may be known better by now than when they were sampled."""
+    def _refresh(self, batch: dict[str, Any], start: int) -> None:
+        """What replayed rows are compared with: `log Z` may be known better than when they were sampled."""
         if "prompt_key" in batch and (latest := self.partition.latest(batch["prompt_key"][start:])) is not None:
             for name in ("log_z", "log_z_of_value"):
                 batch[name] = torch.cat([batch[name][:start], latest])
+        if "baseline" in batch:  # the terms of pairs have none
+            reused = self.estimator.reused_baseline(batch["log_z"][start:])
+            batch["baseline"] = torch.cat([batch["baseline"][:start], reused])
 
     def posterior_state(self) -> dict[str, Any]:
         state = super().posterior_state()

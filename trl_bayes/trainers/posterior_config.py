@@ -1,5 +1,7 @@
 """Settings shared by all trainers, and the refusal of those under which the fixed point is not the posterior."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +14,7 @@ from .exactness import inexact_settings
 
 INEXACT_SETTINGS = ("refuse", "warn")
 
-_NO_EFFECT = (
+NO_EFFECT = (
     "loss_type",
     "epsilon",
     "epsilon_high",
@@ -24,6 +26,10 @@ _NO_EFFECT = (
     "vllm_importance_sampling_clip_min",
 )
 """GRPO's own loss and clipping: accepted, so that a GRPO script runs as it is, and not used."""
+
+
+_WITHOUT_SIBLINGS = ("prior_samples", "known")
+"""Partitions that say `log Z` of a completion that has no siblings and no past."""
 
 
 _SMALLER_IS_BETTER = (
@@ -61,7 +67,8 @@ class PosteriorConfig(GRPOConfig):
             `"running"`: the same, pooled with all earlier visits to the prompt, which is sharper where prompts come
             back and the same where they do not. `"prior_samples"`: from `num_prior_samples` samples of the prior for
             each prompt, drawn before the first update and then fixed, which makes the gradient unbiased given them.
-            `"known"`: the target's own, for one that knows it (`calibrated`, `chi_squared`).
+            `"known"`: the target's own, for one that knows it (`calibrated`, `chi_squared`). With the last two
+            `num_generations=1` works: a completion is compared with what all are worth at the posterior.
         num_prior_samples (`int`, *optional*, defaults to `100`):
             Samples of the prior for each prompt, where the target or the partition needs them.
         prior_samples_dir (`str`, *optional*):
@@ -85,6 +92,7 @@ class PosteriorConfig(GRPOConfig):
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target"]
 
     allows_zero_beta: ClassVar[bool] = False
+    without_effect: ClassVar[tuple[str, ...]] = NO_EFFECT
 
     # Parameters whose default values are overridden from GRPOConfig
     beta: float = field(
@@ -163,21 +171,41 @@ class PosteriorConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.num_generations is not None and self.num_generations < 2:
-            raise ValueError(
-                f"`num_generations={self.num_generations}` leaves a completion without siblings for the leave-one-out "
-                "evidence and baseline: set `num_generations` to 2 or more."
-            )
+        self._check_group_size()
         _, ours, metric = (self.metric_for_best_model or "").rpartition("posterior/")
         if self.greater_is_better is None and ours and metric in _SMALLER_IS_BETTER:
             self.greater_is_better = False
         scale_rewards = self.scale_rewards  # TRL gives True another name
-        super().__post_init__()
+        with self._as_a_pair():
+            super().__post_init__()
         self._check_posterior_parameters()
         self.inexact = inexact_settings(self, scale_rewards)
         if self.inexact and self.inexact_settings == "refuse":
             refusals = " ".join(inexact.refusal for inexact in self.inexact)
             raise ValueError(f"{refusals} To train all the same, set `inexact_settings='warn'`.")
+
+    def _check_group_size(self) -> None:
+        """A completion alone is compared with a `Z` that it has no part in, so there must be one."""
+        informed = self.partition in _WITHOUT_SIBLINGS and self.beta != 0
+        if self.num_generations is not None and self.num_generations < (1 if informed else 2):
+            raise ValueError(
+                f"`num_generations={self.num_generations}` leaves a completion without siblings for the leave-one-out "
+                "evidence and baseline: set `num_generations` to 2 or more, or to 1 with "
+                "`partition='prior_samples'` or `'known'`."
+            )
+
+    @contextmanager
+    def _as_a_pair(self) -> Iterator[None]:
+        """TRL's checks of one completion a prompt, as if of two: it refuses one, whose advantage it could not tell."""
+        if self.num_generations != 1:
+            yield
+            return
+        self.num_generations = 2
+        self.num_generations_eval = self.num_generations_eval or 1
+        try:
+            yield
+        finally:
+            self.num_generations = 1
 
     def _check_posterior_parameters(self) -> None:
         if not self.temperature > 0:
@@ -220,7 +248,11 @@ class PosteriorConfig(GRPOConfig):
 
     def ineffective_settings(self) -> str | None:
         """A sentence on GRPO parameters that the user changed and that these trainers do not use."""
-        changed = [name for name in _NO_EFFECT if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default]
+        changed = [
+            name
+            for name in self.without_effect
+            if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default
+        ]
         if not changed:
             return None
         names = " and ".join(f"`{name}`" for name in changed)

@@ -26,7 +26,7 @@ from ..prior import Draw, KeptCompletions
 from ..targets import Target, build_target
 from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
 from .checkpoints import check_same_run, read_state, run_identity, save_state
-from .learning_from_prior import GIVEN, RowsOfData, as_draw, collect, fit, prior_samples_of, unrecorded
+from .learning_from_prior import GIVEN, REWARDS, RowsOfData, as_draw, collect, fit, prior_samples_of, unrecorded
 from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
 from .model_card import add_section
@@ -51,9 +51,6 @@ if TYPE_CHECKING:
 EvalDataset: TypeAlias = (
     Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset]
 )
-
-_REWARDS = "trl_bayes_rewards"
-"""Under which the rewards of a completion travel in its row of the data, until the batch has them."""
 
 
 class PosteriorTrainer(GRPOTrainer):
@@ -196,7 +193,7 @@ class PosteriorTrainer(GRPOTrainer):
         rewards = rewards.masked_fill(infinite, torch.nan)
         start = self.accelerator.process_index * len(inputs)
         for row, own, completion in zip(inputs, rewards[start : start + len(inputs)], completions, strict=True):
-            row |= {_REWARDS: own, GIVEN: completion}
+            row |= {REWARDS: own, GIVEN: completion}
         return rewards
 
     def _generate_with_rewards(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -210,7 +207,7 @@ class PosteriorTrainer(GRPOTrainer):
             self._mode_of_generation = None
             if self.model.training != training:
                 self.model.train(training)
-        output["rewards"] = torch.stack([row[_REWARDS] for row in rows])
+        output["rewards"] = torch.stack([row[REWARDS] for row in rows])
         if self.mask_truncated_completions:  # whose tokens TRL has masked: they are no outcomes
             output["rewards"][~output["completion_mask"].any(dim=1)] = torch.nan
         return output, rows
@@ -250,9 +247,7 @@ class PosteriorTrainer(GRPOTrainer):
             output (`dict`): a generated batch; its `row` says in which order its rows were generated, if not in this.
             policy (`torch.Tensor`): the policy's per-token log-probabilities `(B, T)`.
         """
-        if not self._is_checked:  # once, before the first update
-            refuse_inexact(self, self._score, output, policy)
-            self._is_checked = True
+        self._check_log_probs(output, policy)
         local = sequence_log_probs(output, policy)  # (B, 3)
         row = output.get("row", torch.arange(local.size(0), device=local.device))
         group = gather_group(local, output, row.argsort(), self._group_size, self.target, self.accelerator)
@@ -266,6 +261,11 @@ class PosteriorTrainer(GRPOTrainer):
             self.partition.update(group)
         mine = row + self.accelerator.process_index * local.size(0)
         return {name: term.reshape(-1)[mine] for name, term in terms._asdict().items()}
+
+    def _check_log_probs(self, output: dict[str, Any], policy: torch.Tensor) -> None:
+        if not self._is_checked:  # once, before the first update
+            refuse_inexact(self, self._score, output, policy)
+        self._is_checked = True
 
     def _policy_scores(self, output: dict[str, Any]) -> torch.Tensor:
         """The policy's per-token log-probabilities of freshly generated completions, `(B, T)`."""

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from trl.trainer.utils import pad
 
-from ..estimators import Terms
+from ..estimators import PairTerms, Terms
 
 
-_SEQUENCES = {"prompt": "left", "completion": "right"}  # side on which TRL pads each
-_SCALARS = (*Terms._fields, "prompt_key")
+_SEQUENCES = {"prompt": "left", "completion": "right", "prior_completion": "right"}  # side on which TRL pads each
+_SCALARS = tuple(dict.fromkeys((*Terms._fields, *PairTerms._fields, "prompt_key")))
 
 
 class ReplayBuffer:
     """
-    The latest completions of this process, first in first out, on the CPU and without padding.
+    The latest completions of this process, or pairs of them, first in first out, on the CPU and without padding.
 
     Each keeps the log-probability `log q` of the policy that sampled it, so importance weights stay exact however much
     the policy moves on. The unnormalized posterior `log P` never changes, so neither rewards nor the prior are
@@ -38,7 +38,7 @@ class ReplayBuffer:
         batch = {name: value.cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
         for i in batch["usable"].nonzero().flatten().tolist():
             row = {name: batch[name][i].clone() for name in _SCALARS if name in batch}
-            for name in _SEQUENCES:
+            for name in _sequences(batch):
                 row[name] = batch[f"{name}_ids"][i][batch[f"{name}_mask"][i].bool()]
             if "tool_mask" in batch:
                 row["tool_mask"] = batch["tool_mask"][i][batch["completion_mask"][i].bool()]
@@ -75,7 +75,7 @@ def append_rows(
     """
     device = batch["prompt_ids"].device
     joined: dict[str, torch.Tensor] = {}
-    for name, side in _SEQUENCES.items():
+    for name, side in _sequences(batch).items():
         fresh_ids, fresh_mask = batch[f"{name}_ids"], batch[f"{name}_mask"]
         ids = [*fresh_ids, *(row[name].to(device) for row in rows)]
         mask = [*fresh_mask, *(torch.ones_like(row[name]).to(device) for row in rows)]
@@ -91,3 +91,8 @@ def append_rows(
     # Scalars come last: TRL takes the batch size from the first entry
     scalars = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim() == 0}
     return joined | scalars
+
+
+def _sequences(batch: dict[str, Any]) -> dict[str, str]:
+    """The kinds of sequences that a batch has."""
+    return {name: side for name, side in _SEQUENCES.items() if f"{name}_ids" in batch}

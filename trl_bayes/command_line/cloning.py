@@ -1,0 +1,271 @@
+"""Stage 1 of demonstration-regularized RL: demonstrations are cloned, over a floor that the prior gives."""
+
+import gc
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, concatenate_datasets, load_dataset
+from trl import DatasetMixtureConfig, ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+from ..language_models.completions import Completions
+from ..language_models.prompts import check_prompt
+from ..language_models.samples import sample
+from ..language_models.scoring import log_probs
+from ..language_models.settings import SamplingSettings
+from ..statistics.demonstrations import kl_from_expert
+from ..statistics.estimate import Estimate
+from .arguments import Arguments
+from .data import load_data
+from .demonstration_recipe import CloneArguments, DemonstrationRecipe
+from .models import find_config, load_model, load_tokenizer, loading_arguments, model_path
+from .stages import Stage, is_first, wait_for_all
+from .unknown_keys import nearest
+
+
+FLOOR = "prior_demonstrations.jsonl"
+PROMPTS = "prompts.jsonl"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_demonstrations(args: CloneArguments) -> Dataset:
+    """
+    The demonstrations, checked row by row.
+
+    Raises:
+        ValueError: none are named, or they cannot be loaded, or have no column `completion`, or no rows; one sentence.
+    """
+    if args.dataset_name is None:
+        raise ValueError(
+            "`dataset_name` is missing in the section `clone`: name demonstrations, by id, file or folder."
+        )
+    rows = load_rows(args)
+    if "completion" not in rows.column_names:
+        raise ValueError(
+            f"The demonstrations {args.dataset_name!r} have no column 'completion': they have {rows.column_names}."
+        )
+    if len(rows) == 0:
+        raise ValueError(f"The demonstrations {args.dataset_name!r} have no rows.")
+    if "prompt" not in rows.column_names:
+        rows = rows.add_column("prompt", [""] * len(rows))
+    rows = rows.select_columns(["prompt", "completion"])
+    for row in rows:
+        check_prompt(row["prompt"])
+        if type(row["completion"]) is not type(row["prompt"]):
+            raise ValueError(
+                f"A completion of the demonstrations {args.dataset_name!r} is {row['completion']!r}, with the prompt "
+                f"{row['prompt']!r}: make both texts, or both lists of messages."
+            )
+    return rows
+
+
+def load_rows(args: Any) -> Dataset:
+    """
+    One split of the data that a section names.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no such split; one sentence.
+    """
+    arguments = Arguments(cast(Any, _Named(args)), cast(Any, None), cast(Any, None), DatasetMixtureConfig())
+    found = load_data(arguments)
+    if args.dataset_train_split not in found:
+        split = args.dataset_train_split
+        raise ValueError(f"{args.dataset_name!r} has no split {split!r}{nearest(split, found)}: it has {list(found)}.")
+    return cast(Dataset, found[args.dataset_train_split])
+
+
+class _Named:
+    """What [`load_data`] reads of a script's arguments."""
+
+    dataset_streaming = False
+
+    def __init__(self, args: Any):
+        self.dataset_name, self.dataset_config = args.dataset_name, args.dataset_config
+
+
+def split_held_out(rows: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    What is cloned, and what measures the clone.
+
+    Raises:
+        ValueError: nothing would be left to clone; one sentence.
+    """
+    number = round(held_out * len(rows)) if held_out < 1 else math.floor(held_out)
+    if number >= len(rows):
+        raise ValueError(f"`held_out={held_out:g}` of {len(rows)} demonstrations leaves none to clone: set less.")
+    mixed = rows.shuffle(seed=seed)
+    return mixed.select(range(number, len(rows))), mixed.select(range(number))
+
+
+def distinct_prompts(rows: Dataset) -> list[Any]:
+    """Each prompt once, in the order in which they come."""
+    return list({json.dumps(prompt, sort_keys=True): prompt for prompt in rows["prompt"]}.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def train_clone(recipe: DemonstrationRecipe, stage: Stage, rows: Dataset) -> dict[str, Any]:
+    """
+    Trains with TRL's `SFTTrainer` and measures the clone on demonstrations that it has not read.
+
+    Returns:
+        `dict`: what was measured, for [`Stage.finish`].
+    """
+    args, training, model = recipe.clone(output_dir=str(stage.folder))
+    settings = loading_arguments(model, cast(Any, training))
+    name = model_path(str(model.model_name_or_path))
+    cloned, held_out = split_held_out(rows, args.held_out, training.seed)
+    floor = stage.folder / FLOOR
+    if args.prior_demonstrations and is_first() and not floor.is_file():
+        draw_floor(floor, args, model, training, cloned)
+    wait_for_all()
+    training.model_init_kwargs = settings
+    trainer = SFTTrainer(
+        model=name,
+        args=training,
+        train_dataset=cloned,
+        eval_dataset=held_out if len(held_out) else None,
+        processing_class=load_tokenizer(name, settings),
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    if args.prior_demonstrations:
+        trainer.train_dataset = with_floor(cast(Dataset, trainer.train_dataset), floor)
+    number = len(cast(Dataset, trainer.train_dataset))
+    trainer.train(resume_from_checkpoint=stage.checkpoint)
+    trainer.save_model(str(stage.folder))
+    trainer.save_state()
+    prepared = cast("Dataset | None", trainer.eval_dataset)
+    tokens = None if prepared is None else _tokens(prepared)
+    trainer.accelerator.free_memory()
+    del trainer
+    release_memory()
+    figures: dict[str, Any] = {"demonstrations": len(cloned), "prior_demonstrations": number - len(cloned)}
+    if tokens is not None and is_first():
+        kl = measure(stage.folder, model, training, tokens)
+        figures["cross_entropy"] = {**kl.to_dict(), "held_out": len(tokens)}
+    wait_for_all()
+    return figures
+
+
+def release_memory() -> None:
+    """What a stage has used, before the next begins."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def draw_floor(file: Path, args: CloneArguments, model: ModelConfig, training: Any, rows: Dataset) -> None:
+    """
+    Completions of the prior that are cloned like demonstrations: a floor under what the clone may exclude.
+
+    With N demonstrations and M of these, maximum likelihood is `(N expert + M prior) / (N + M)`, so no completion has
+    less than the prior's probability times `M / (N + M)`. As in the paper, where one count is added to every action,
+    M stays when N grows.
+    """
+    name = model_path(str(model.model_name_or_path))
+    arguments = Arguments(cast(Any, None), training, model, cast(Any, None))
+    prior = load_model(name, arguments, None, revision=model.model_revision)
+    tokenizer = load_tokenizer(name, loading_arguments(model, training))
+    prompts = rows.shuffle(seed=training.seed)["prompt"]  # as often as among the demonstrations
+    repeated = [prompts[place % len(prompts)] for place in range(args.prior_demonstrations)]
+    drawn = sample(prior, tokenizer, repeated, 1, SamplingSettings(args.max_completion_length, seed=training.seed))
+    write_rows(file, list(drawn.to_dataset(tokens=True)))
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes JSON lines; a kill leaves the whole file or none."""
+    new = file.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    new.replace(file)
+
+
+def load_jsonl(file: Path) -> Dataset:
+    """A file that [`write_rows`] has written."""
+    return load_dataset("json", data_files=str(file), split="train")
+
+
+def with_floor(prepared: Dataset, floor: Path) -> Dataset:
+    """
+    The demonstrations as `SFTTrainer` has tokenized them, and the prior's completions in the tokens that were drawn.
+
+    From texts it would make other tokens, and it would end what was cut.
+    """
+    drawn = load_jsonl(floor)
+    rows = [
+        {
+            "input_ids": row["input_ids"],
+            "labels": [t if own else -100 for t, own in zip(row["input_ids"], row["completion_mask"], strict=True)],
+        }
+        for row in drawn
+    ]
+    kept = prepared.select_columns(["input_ids", "labels"])
+    return concatenate_datasets([kept, Dataset.from_list(rows, features=kept.features)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measurement
+
+
+def _tokens(prepared: Dataset) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion of each row, in the tokens that `SFTTrainer` has made of them."""
+    pairs = []
+    for row in prepared:
+        own = [label != -100 for label in row["labels"]]
+        start = own.index(True) if True in own else len(own)
+        pairs.append((list(row["input_ids"][:start]), list(row["input_ids"][start:])))
+    return pairs
+
+
+def measure(
+    folder: Path, model: ModelConfig, training: Any, tokens: Sequence[tuple[list[int], list[int]]]
+) -> Estimate:
+    """The cross-entropy of the clone on held-out demonstrations, in nats a completion."""
+    arguments = Arguments(cast(Any, None), training, model, cast(Any, None))
+    clone = load_model(str(folder), arguments, None, quantized=False)
+    completions = Completions(
+        prompts=[""] * len(tokens),
+        prompt_ids=[prompt for prompt, _ in tokens],
+        prompt_index=torch.arange(len(tokens)),
+        completion_ids=[completion for _, completion in tokens],
+        texts=[""] * len(tokens),
+        ended=torch.ones(len(tokens), dtype=torch.bool),
+    )
+    return kl_from_expert(log_probs(clone, completions, SamplingSettings(max_new_tokens=1)))
+
+
+def check_clone(recipe: DemonstrationRecipe) -> tuple[CloneArguments, Any, str]:
+    """
+    What can be said of the first stage without its model.
+
+    Returns:
+        Its arguments, its training configuration, and its model's id or folder.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    args, training, model = recipe.clone(output_dir=recipe.arguments.output_dir)
+    if model.model_name_or_path is None:
+        raise ValueError(
+            "`model_name_or_path` is missing in the section `clone`: name the model that learns to clone."
+        )
+    if training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "`demo-rl` does not run under ZeRO-3, where no process can load the prior alone to draw the floor: launch "
+            "it with `--accelerate_config ddp`."
+        )
+    if training.packing:
+        raise ValueError(
+            "`packing` in the section `clone` would let a completion see others, which stage 2 does not: leave it out."
+        )
+    name = model_path(model.model_name_or_path)
+    find_config("model_name_or_path", name, training.trust_remote_code, model.model_revision)
+    return args, training, name
