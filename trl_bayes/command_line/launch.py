@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..assets import shipped_file
+from .extras import require_extra
 from .parser import nearest
 
 
@@ -86,6 +88,13 @@ def accelerate_config_file(name: str) -> str:
     return str(shipped_file(f"accelerate_configs/{name}.yaml"))
 
 
+def _is_of_deepspeed(config_file: str | None) -> bool:
+    if config_file is None or not Path(config_file).is_file():
+        return False
+    config = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+    return isinstance(config, dict) and config.get("distributed_type") == "DEEPSPEED"
+
+
 def launch(module: str, launcher_flags: Sequence[str], training_args: Sequence[str]) -> None:
     """
     Runs a training command by `accelerate launch -m`, in as many processes as its configuration says.
@@ -97,6 +106,7 @@ def launch(module: str, launcher_flags: Sequence[str], training_args: Sequence[s
 
     Raises:
         ValueError: options that the launcher does not take, or no such configuration.
+        ImportError: it is one of DeepSpeed's, which is not installed.
         SystemExit: with the exit code of a process that failed; it has said why itself.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -108,6 +118,8 @@ def launch(module: str, launcher_flags: Sequence[str], training_args: Sequence[s
     if namespace.accelerate_config is not None:
         flags = ["--config_file", accelerate_config_file(namespace.accelerate_config), *flags]
     args = launch_command_parser().parse_args([*flags, "--module", module, *training_args])
+    if args.use_deepspeed or _is_of_deepspeed(args.config_file):
+        require_extra("deepspeed", f"The accelerate configuration {namespace.accelerate_config or args.config_file!r}")
     os.environ[_LAUNCHED] = "1"
     sys.stdout.flush()
     try:

@@ -19,6 +19,7 @@ from ..assets import embedded_path
 from ..language_models.adapters import base_of_adapter
 from ..trainers.posterior_config import PosteriorConfig
 from .arguments import Arguments
+from .extras import require_extra
 
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def find_config(field_name: str, name: str, trust_remote_code: bool, revision: s
     except (OSError, ValueError, KeyError) as error:
         message = f"`{field_name}`: the model {name!r} cannot be loaded ({first_sentence(error)})."
         raise ValueError(message) from None
-    _require_peft(name)
+    require_extra("peft", f"{name!r} is an adapter, which")
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -67,13 +68,6 @@ def find_config(field_name: str, name: str, trust_remote_code: bool, revision: s
             f"`{field_name}`: the base model {base!r} of the adapter {name!r} cannot be loaded "
             f"({first_sentence(error)})."
         ) from None
-
-
-def _require_peft(name: str) -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise ImportError(f"{name!r} is an adapter, which needs the package peft: install it.") from None
 
 
 def first_sentence(error: BaseException) -> str:
