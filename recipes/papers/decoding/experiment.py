@@ -33,19 +33,18 @@ class Case:
 
     def __init__(self, name: str, seed: int):
         self.task = replace(TASKS[name](), seed=seed)
-        self.folder = tempfile.TemporaryDirectory()
-        path = self.task.build_model(f"{self.folder.name}/prior")
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.log_prior = self.task.log_probs(AutoModelForCausalLM.from_pretrained(path), self.tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.task.build_model(folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.log_prior = self.task.log_probs(AutoModelForCausalLM.from_pretrained(path), self.tokenizer)
         self.rewards = self.task.rewards(self.tokenizer)
         self.completions = self.task.completions(self.tokenizer)
 
     def small(self, seed: int, steps: int | None) -> Tensor:
         """The law of a model with a layer of 8 dimensions, which knows of the prior what it learns in some steps."""
-        path = build_tiny_model(
-            f"{self.folder.name}/small", self.task.letters, 100 + seed, hidden_size=8, num_layers=1, num_heads=1
-        )
-        model = AutoModelForCausalLM.from_pretrained(path)
+        with tempfile.TemporaryDirectory() as folder:
+            build_tiny_model(folder, self.task.letters, 100 + seed, hidden_size=8, num_layers=1, num_heads=1)
+            model = AutoModelForCausalLM.from_pretrained(folder)
         if steps is not None:
             model = fitted(model, self.task, self.tokenizer, self.log_prior, steps, learning_rate=0.02)
         return self.task.log_probs(model, self.tokenizer)
