@@ -1,4 +1,4 @@
-"""What the site has that is not written in `docs/`: refusals from the source, notebooks, the changelog, one figure."""
+"""What the site has that is not in `docs/`: refusals from the source, notebooks, the changelog, figures, papers."""
 
 import re
 import sys
@@ -30,13 +30,25 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=page))
         for name, picture in pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=picture))
+    for paper in sorted((ROOT / "recipes" / "papers").glob("*/README.md")):
+        name = paper.parent.name
+        table = (paper.parent / "table.md").read_text(encoding="utf-8")
+        page = (
+            paper.read_text(encoding="utf-8")
+            .replace("(figure.png)", f"({name}.png)")
+            .replace("(table.md)", "(#all-numbers)")
+        )
+        files.append(File.generated(config, f"papers/{name}.md", content=f"{page}\n## All numbers\n\n{table}"))
+        files.append(File.generated(config, f"papers/{name}.png", content=(paper.parent / "figure.png").read_bytes()))
     for name, figure in FIGURES.items():
         files.append(File.generated(config, name, content=(ROOT / figure).read_bytes()))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts the refusals where a page asks for them."""
+    """Puts the refusals where a page asks for them, and leads from a paper's figure to its page in the site."""
+    markdown = re.sub(r"\(\.\./recipes/papers/(\w+)/figure\.png\)", r"(papers/\1.png)", markdown)
+    markdown = re.sub(r"\(\.\./recipes/papers/(\w+)/README\.md\)", r"(papers/\1.md)", markdown)
     return markdown.replace("<!-- refusals -->", refusals.as_markdown())
 
 
