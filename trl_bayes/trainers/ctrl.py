@@ -35,7 +35,7 @@ class CTRLConfig(KLRLConfig):
             Temperature, in units of the transform per nat, which are hard to guess (`exp(10 u)` reaches 22,000): set
             `kl_budget` instead.
         partition (`str`, *optional*, defaults to `"known"`):
-            How the evidence, which is logged only, is found; see [`PosteriorConfig`].
+            How `Z(x)`, which is logged only, is found; see [`PosteriorConfig`].
     """
 
     allows_zero_beta = False
@@ -50,7 +50,7 @@ class CTRLConfig(KLRLConfig):
     partition: str = field(
         default="known",
         metadata={
-            "help": "How the evidence Z(x), which is logged only, is found: 'known' (from the ranks), "
+            "help": "How Z(x), which is logged only, is found: 'known' (from the ranks), "
             "'prior_samples', 'leave_one_out' or 'running'.",
             "choices": list(KLRLConfig.__dataclass_fields__["partition"].metadata["choices"]),
         },

@@ -40,7 +40,7 @@ class KLRLTrainer(PosteriorTrainer):
 
         grad KL(pi||p) = -E_pi[(phi - (log pi - log pi_0) - b) grad log pi],
 
-    with the leave-one-out mean of the group as `b`. The evidence `Z` is the same for a whole group and cancels. The
+    with the leave-one-out mean of the group as `b`. `Z` is the same for a whole group and cancels. The
     advantages are those of RLOO divided by `beta`: exact at the sequence level, without standard-deviation scaling,
     token normalization or clipping. `beta=0` gives pure RL, the baseline that collapses.
 

@@ -63,7 +63,7 @@ class PosteriorConfig(GRPOConfig):
             target's arguments, or the dotted path of a [`~trl_bayes.targets.Target`] class. Defaults to `tilt` with
             temperature `beta` over the weighted sum of the rewards.
         partition (`str`, *optional*, defaults to `"running"`):
-            How the evidence `Z(x)` is estimated. `"leave_one_out"`: from the other completions of the group.
+            How `Z(x)` is found. `"leave_one_out"`: from the other completions of the group.
             `"running"`: the same, pooled with all earlier visits to the prompt, which is sharper where prompts come
             back and the same where they do not. `"prior_samples"`: from `num_prior_samples` samples of the prior for
             each prompt, drawn before the first update and then fixed, which makes the gradient unbiased given them.
@@ -133,7 +133,7 @@ class PosteriorConfig(GRPOConfig):
     partition: str = field(
         default="running",
         metadata={
-            "help": "How the evidence Z(x) is estimated: 'leave_one_out' (the other completions of the group), "
+            "help": "How Z(x) is found: 'leave_one_out' (the other completions of the group), "
             "'running' (the same, pooled with all earlier visits to the prompt), 'prior_samples' (from samples of the "
             "prior, drawn before the first update) or 'known' (the target's own).",
             "choices": list(PARTITIONS),

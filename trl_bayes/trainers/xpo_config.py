@@ -42,7 +42,7 @@ class XPOConfig(OffPolicyConfig):
         replay_ratio (`float`, *optional*, defaults to `1.0`):
             Past pairs added to a generated batch, per fresh one.
         partition (`str`, *optional*, defaults to `"prior_samples"`):
-            How the evidence, which is logged only, is found: the samples of the prior that XPO draws anyway tell it.
+            How `Z(x)`, which is logged only, is found: the samples of the prior that XPO draws anyway tell it.
     """
 
     without_effect: ClassVar[tuple[str, ...]] = tuple(name for name in NO_EFFECT if name != "loss_type")
@@ -55,7 +55,7 @@ class XPOConfig(OffPolicyConfig):
     partition: str = field(
         default=FromPriorSamples.name,
         metadata={
-            "help": "How the evidence, which is logged only, is found: from the samples of the prior, always.",
+            "help": "How Z(x), which is logged only, is found: from the samples of the prior, always.",
             "choices": [FromPriorSamples.name],
         },
     )
