@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from trl_bayes import cli
+from trl_bayes.command_line.demonstration_recipe import split_section_flags
 from trl_bayes.commands import bench
 
 
@@ -139,6 +140,9 @@ def test_command_lines_are_understood(page: Path) -> None:
 def flags_are_known(command: str, words: list[str]) -> None:
     if command == "bench":
         return  # its sections have flags of their own
+    if command == "demo-rl":  # `--rl.max_steps` sets a field of a section
+        words, of_sections = split_section_flags(words)
+        assert {f"--{key}" for section, key, _ in of_sections if section == "rl"} <= flags_of("kl-rl")
     flags = {word for word in words if word.startswith("--")}
     assert flags <= flags_of(command), f"trl-bayes {command} {' '.join(words)}"
     for recipe in (value for flag, value in zip(words, words[1:], strict=False) if flag == "--config"):
