@@ -204,7 +204,11 @@ def test_random_state_is_given_back_and_draws_do_not_repeat(tmp_path: Path) -> N
     assert not {seed for _, seed in one.calls} & {seed for _, seed in reseeded.calls}
 
 
-def test_progress_counts_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
     def run(folder: Path, sampler: Sampler, work: Work | None = None, **changes: Any) -> str:
         make(folder, **changes).collect(sampler, sampler.score, PROMPTS, work)
         return capsys.readouterr().err
