@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
-from trl_bayes.command_line.cloning import distinct_prompts, split_held_out, with_floor
+from trl_bayes.command_line.cloning import distinct_prompts, refuse_cut, split_held_out, with_floor
 from trl_bayes.command_line.preference_stage import pairs, tokenized
+from trl_bayes.command_line.stages import StageError
 from trl_bayes.language_models.completions import Completions
 
 
@@ -61,3 +64,18 @@ def test_held_out(held_out: float, number: int) -> None:
     assert len(measuring) == number
     assert sorted([*cloned["completion"], *measuring["completion"]]) == list("12345678")
     assert distinct_prompts(rows) == list("abcd")
+
+
+def test_what_cannot_be_compared_makes_no_pair() -> None:
+    drawn = Completions(["p"], [[1]], torch.tensor([0, 0]), [[2], [3]], ["a", "b"], torch.tensor([True, True]))
+    assert pairs(drawn, torch.tensor([[float("nan"), -1.0]])) == []
+
+
+@pytest.mark.parametrize("lengths", [[3, 8], [3]])  # one is cut to the limit, one is gone
+def test_demonstrations_that_are_cut_are_refused(lengths: list[int]) -> None:
+    given = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    made = Dataset.from_list([{"input_ids": [1] * length} for length in lengths])
+    trainer: Any = SimpleNamespace(train_dataset=made, eval_dataset=None)
+    refuse_cut(trainer, (given, given), None)
+    with pytest.raises(StageError, match="`max_length=8` in the section `clone` cuts"):
+        refuse_cut(trainer, (given, given), 8)

@@ -57,6 +57,18 @@ def test_without_a_schema_any_json_counts() -> None:
     assert valid_json()(completions=["[1, 2]", "3", "three"]) == [1.0, 1.0, 0.0]
 
 
+def test_keys_that_other_rows_brought_ask_for_nothing() -> None:
+    rows = [{"type": "object", "const": None, "minimum": None}, {"type": None, "const": 2, "minimum": 2}]
+    assert valid_json()(completions=['{"x": 1}', "2"], schema=rows) == [1.0, 1.0]
+
+
+def test_schemas_that_refer_to_themselves_or_to_nothing() -> None:
+    nested = valid_json({"items": {"$ref": "#"}})
+    assert nested(completions=["[" * 300 + "]" * 300, "[[]]"])[1] == 1.0  # the first is an answer or not, no crash
+    with pytest.raises(ValueError, match="refers to what is not in it"):
+        valid_json({"$ref": "#/definitions/a"})(completions=["{}"])
+
+
 def test_what_is_no_schema_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="is no JSON schema"):
         valid_json({"type": "person"})

@@ -22,7 +22,7 @@ from .arguments import Arguments
 from .data import load_data
 from .demonstration_recipe import CloneArguments, DemonstrationRecipe
 from .models import find_config, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, is_first, wait_for_all
+from .stages import Stage, StageError, is_first, wait_for_all
 from .unknown_keys import nearest
 
 
@@ -137,6 +137,7 @@ def train_clone(recipe: DemonstrationRecipe, stage: Stage, rows: Dataset) -> dic
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    refuse_cut(trainer, (cloned, held_out), training.max_length)
     if args.prior_demonstrations:
         trainer.train_dataset = with_floor(cast(Dataset, trainer.train_dataset), floor)
     number = len(cast(Dataset, trainer.train_dataset))
@@ -154,6 +155,25 @@ def train_clone(recipe: DemonstrationRecipe, stage: Stage, rows: Dataset) -> dic
         figures["cross_entropy"] = {**kl.to_dict(), "held_out": len(tokens)}
     wait_for_all()
     return figures
+
+
+def refuse_cut(trainer: SFTTrainer, given: Sequence[Dataset], max_length: int | None) -> None:
+    """
+    Refuses demonstrations of which `SFTTrainer` keeps the beginning only: the clone would be one of cut completions,
+    and the cross-entropy no bound.
+
+    Raises:
+        StageError: one sentence.
+    """
+    for rows, made in zip(given, (trainer.train_dataset, trainer.eval_dataset), strict=True):
+        if made is None or max_length is None:
+            continue
+        prepared = cast(Dataset, made)
+        if len(prepared) < len(rows) or any(len(ids) >= max_length for ids in prepared["input_ids"]):
+            raise StageError(
+                f"`max_length={max_length}` in the section `clone` cuts some demonstrations: set it to null, or to "
+                "more tokens than the longest prompt and completion have."
+            )
 
 
 def release_memory() -> None:

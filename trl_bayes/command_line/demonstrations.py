@@ -12,6 +12,7 @@ from ..language_models.fingerprint import path_fingerprint
 from ..prior import callable_fingerprint
 from ..rewards.calling import reward_name
 from ..statistics.demonstrations import temperature_by_rule
+from ..statistics.estimate import Estimate
 from ..targets import build_target
 from .arguments import Arguments
 from .cloning import (
@@ -184,7 +185,7 @@ def _train_policy(job: Job, stage: Stage, clone: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     beta = None
     if recipe.rule is not None:
-        kl = job.stages["clone"].figures["cross_entropy"]["value"] - recipe.rule.expert_entropy
+        kl = Estimate.from_dict(job.stages["clone"].figures["cross_entropy"]).value - recipe.rule.expert_entropy
         try:
             beta = temperature_by_rule(recipe.rule.epsilon, kl)
         except ValueError as error:

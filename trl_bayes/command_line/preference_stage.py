@@ -1,5 +1,6 @@
 """The stage between: a reward model is fitted to preferences over the clone's completions."""
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from ..language_models.completions import Completions
 from ..language_models.samples import sample, score
 from ..language_models.settings import SamplingSettings
 from ..rewards import build_rewards
+from ..targets.base import weighted_sum
 from .arguments import Arguments
 from .cloning import load_jsonl, load_rows, release_memory, write_rows
 from .demonstration_recipe import DemonstrationRecipe, PreferenceArguments
@@ -133,7 +135,7 @@ def draw_preferences(
     drawn = sample(policy, tokenizer, repeated, 2, SamplingSettings(args.max_completion_length, seed=training.seed))
     rewards = score(preference_functions(args), drawn, tokenizer)  # (2 * pairs, K)
     weights = torch.tensor(args.preference_weights or [1.0] * rewards.size(1), dtype=torch.float64)
-    worth = (rewards * weights).nansum(dim=1).view(-1, 2)  # (pairs, 2)
+    worth = weighted_sum(rewards, weights).view(-1, 2)  # (pairs, 2); NaN where no function says anything
     rows = pairs(drawn, worth)
     if not rows:
         raise StageError(
@@ -154,7 +156,7 @@ def pairs(drawn: Completions, worth: torch.Tensor) -> list[dict[str, Any]]:
     rows = drawn.to_dataset()
     found = []
     for place, (first, second) in enumerate(worth.tolist()):
-        if first == second:
+        if first == second or math.isnan(first + second):  # what cannot be compared makes no pair
             continue
         better, worse = (0, 1) if first > second else (1, 0)
         chosen, rejected = rows[2 * place + better], rows[2 * place + worse]

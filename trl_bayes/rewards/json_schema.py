@@ -43,7 +43,14 @@ def valid_json(schema: Mapping[str, Any] | None = None, called: str = "valid_jso
 
 
 def _as_text(schema: Any) -> str | None:
-    return schema if schema is None or isinstance(schema, str) else json.dumps(schema, sort_keys=True)
+    return schema if schema is None or isinstance(schema, str) else json.dumps(_without_none(schema), sort_keys=True)
+
+
+def _without_none(schema: Any) -> Any:
+    """Without the keys that `datasets` adds where other rows have them; a text can ask for `const: null`."""
+    if isinstance(schema, Mapping):
+        return {key: _without_none(value) for key, value in schema.items() if value is not None}
+    return [_without_none(each) for each in schema] if isinstance(schema, list) else schema
 
 
 def _holds(text: str, schema: str | None) -> bool:
@@ -51,7 +58,19 @@ def _holds(text: str, schema: str | None) -> bool:
         document = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # what nests deeper than Python's stack is no answer either
         return False
-    return schema is None or _validator(schema).is_valid(document)
+    return schema is None or _is_valid(document, schema)
+
+
+def _is_valid(document: Any, schema: str) -> bool:
+    validator = _validator(schema)
+    from referencing.exceptions import Unresolvable  # comes with jsonschema
+
+    try:
+        return bool(validator.is_valid(document))
+    except RecursionError:
+        return False
+    except Unresolvable as error:
+        raise ValueError(f"`valid_json`: {schema[:80]!r} refers to what is not in it ({error}).") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -115,6 +115,11 @@ class XPOConfig(OffPolicyConfig):
             raise ValueError(
                 f"`missing_eos_penalty={self.missing_eos_penalty}` must be positive: it is subtracted from the reward."
             )
+        if self.mask_truncated_completions:
+            raise ValueError(
+                "`mask_truncated_completions=True` would leave out one completion of a pair: set it to false, and "
+                "`missing_eos_penalty` to what a cut completion costs."
+            )
         names = ["num_generations", "num_generations_eval", "per_device_train_batch_size"]
         if self.eval_strategy != "no":
             names.append("per_device_eval_batch_size")
