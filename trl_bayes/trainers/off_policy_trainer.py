@@ -99,7 +99,12 @@ class OffPolicyTrainer(PosteriorTrainer):
         return output
 
     def _refresh(self, batch: dict[str, Any], start: int) -> None:
-        """What replayed rows are compared with: `log Z` may be known better than when they were sampled."""
+        """
+        What replayed rows are compared with: `log Z` may be known better than when they were sampled.
+
+        A running `log Z` has their own weights in it, among those of all visits; where that matters
+        `partition="prior_samples"` is exact.
+        """
         if "prompt_key" in batch and (latest := self.partition.latest(batch["prompt_key"][start:])) is not None:
             for name in ("log_z", "log_z_of_value"):
                 batch[name] = torch.cat([batch[name][:start], latest])
