@@ -29,6 +29,7 @@ from transformers import (
 
 from tests.helpers.trainers import QUIET, TRAINERS
 from tests.helpers.training import from_trl, lora, step_logs
+from tests.helpers.vllm import GroupingServer
 from trl_bayes.benchmarks.tiny import letter_count_task
 from trl_bayes.prior import prompt_key
 from trl_bayes.rewards import length_between
@@ -266,26 +267,6 @@ def test_rows_with_other_columns_are_other_prompts(make: Make, prior: Prior, tmp
     config = {"remove_unused_columns": True, "prior_samples_dir": str(tmp_path / "narrow")}
     make(target=BEST_OF_4, config=config, train_dataset=data).train()
     assert len(samples_on_disk(tmp_path / "narrow")) == 2 * 30
-
-
-class GroupingServer:
-    """As TRL's client of a vLLM server: one prompt stands for its whole group of `num_generations`."""
-
-    def __init__(self, model: Any, **settings: Any):
-        self.model, self.length = model, settings["max_completion_length"]
-
-    def sync_weights(self) -> None: ...
-
-    def generate(self, prompts: list[list[int]], num_generations: int, **kwargs: Any) -> tuple[Any, ...]:
-        completions, log_probs = [], []
-        for prompt in (p for p in prompts[::num_generations] for _ in range(num_generations)):
-            ids = self.model.generate(torch.tensor([prompt]), max_new_tokens=self.length, do_sample=True, top_k=0)
-            with torch.no_grad():
-                logits = self.model(ids).logits[0, len(prompt) - 1 : -1]
-            new = ids[0, len(prompt) :]
-            completions.append(new.tolist())
-            log_probs.append([[v] for v in logits.log_softmax(1).gather(1, new.unsqueeze(1)).squeeze(1).tolist()])
-        return prompts, completions, log_probs, None
 
 
 def test_a_vllm_server_samples_each_row_for_its_own_prompt(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tests.helpers.trainers import QUIET
 from tests.helpers.training import assert_same_weights, length_reward, lora, parameters, step_logs
+from tests.helpers.vllm import GroupingServer
 from trl_bayes import XPOConfig, XPOTrainer
 from trl_bayes.benchmarks.enumeration import compare, exact_posterior, mean_fit
 from trl_bayes.benchmarks.exact_training import train_on
@@ -223,32 +224,11 @@ def test_the_prior_s_completions_are_the_prior_s_under_an_adapter(make: Make, pr
             assert pair.log_prior[1] == pytest.approx(base[pair.prompt, pair.of_prior], abs=1e-4)
 
 
-class Server:
-    """As TRL's client of a vLLM server: one prompt stands for its whole group of `num_generations`."""
-
-    def __init__(self, model: Any, **settings: Any):
-        self.model, self.length, self.asked = model, settings["max_completion_length"], []
-
-    def sync_weights(self) -> None: ...
-
-    def generate(self, prompts: list[list[int]], num_generations: int, **kwargs: Any) -> tuple[Any, ...]:
-        self.asked.append((len(prompts), num_generations))
-        completions, log_probs = [], []
-        for prompt in (p for p in prompts[::num_generations] for _ in range(num_generations)):
-            ids = self.model.generate(torch.tensor([prompt]), max_new_tokens=self.length, do_sample=True, top_k=0)
-            with torch.no_grad():
-                logits = self.model(ids).logits[0, len(prompt) - 1 : -1]
-            new = ids[0, len(prompt) :]
-            completions.append(new.tolist())
-            log_probs.append([[v] for v in logits.log_softmax(1).gather(1, new.unsqueeze(1)).squeeze(1).tolist()])
-        return prompts, completions, log_probs, None
-
-
 def test_vllm_samples_the_policy_s_half_and_the_limit_holds(
     make: Make, prior: Prior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TRL 1.13 ignored `use_vllm` and `max_length`. The second is no field here, so that it cannot be ignored."""
-    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Server)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", GroupingServer)
     trainer = make({"use_vllm": True, "max_completion_length": 3})
     seen = record(trainer)
     trainer.train()
