@@ -38,7 +38,14 @@ def panels(
 
 
 def curve(
-    axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], index: int, label: str | None, **style: Any
+    axes: Axes,
+    x: Sequence[float],
+    runs: Sequence[Sequence[float]],
+    index: int,
+    label: str | None,
+    *,
+    band: float = 0.15,
+    **style: Any,
 ) -> None:
     """
     The mean over seeds as a line, and a band from the smallest to the largest.
@@ -49,13 +56,14 @@ def curve(
         runs (`list[list[float]]`): n values of each seed.
         index (`int`): which color, marker and dash.
         label (`str`, *optional*): for the legend.
+        band (`float`, *optional*, defaults to `0.15`): how opaque the band is; less where many lie on each other.
         style: of the line, in place of what the index gives.
     """
     values = numpy.asarray(runs, dtype=float)  # (S, n)
     look = {**run_style(index), "markersize": 4.5, "linewidth": 1.5, "markevery": max(1, len(x) // _NUM_MARKERS)}
     axes.plot(x, values.mean(axis=0), **{**look, **style}, label=label)
     low, high = values.min(axis=0), values.max(axis=0)
-    axes.fill_between(x, low, high, color=style.get("color", look["color"]), alpha=0.15, linewidth=0)
+    axes.fill_between(x, low, high, color=style.get("color", look["color"]), alpha=band, linewidth=0)
 
 
 def finish(axes: Axes, title: str, x: str, y: str, legend: bool = True, **legend_style: Any) -> None:

@@ -205,7 +205,8 @@ def draw(axes: Any, gradients: Any, courses: Any) -> None:
             curve(panel, SIZES, [run[name] for run in runs], index, name)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        finish(panel, f"relative variance {where}", "completions in a gradient", "", panel is axes[0], fontsize=6.5)
+        legend = {"legend": panel is axes[0], "fontsize": 7, "loc": "lower left"}
+        finish(panel, f"variance {where}", "completions in a gradient", "E|g − Eg|² / |Eg|²", **legend)
     titles = {"forward_kl": "KL(p‖π)", "kl_prior": "KL(π‖π₀)", "entropy": "entropy"}
     for row, (constraint, methods) in enumerate(courses.items()):
         for column, (name, title) in enumerate(titles.items()):

@@ -135,6 +135,7 @@ def draw(axes: Any, runs: dict[str, list[Any]], sweep: dict[int, list[Any]]) -> 
         above = [[value - run["posterior_entropy"] for value in run["entropy"]] for run in of_seeds]
         curve(axes[1], of_seeds[0]["steps"], above, index, SYMBOLS[name])
     axes[1].axhline(0, color="#222222", linewidth=0.8, linestyle=":")
+    axes[1].set_ylim(-1.4, 1.4)  # the prior's, above, differ more than all that follows
     finish(axes[1], "entropy above the posterior's", "steps", "nats")
     for index, (size, of_seeds) in enumerate(sweep.items()):
         curve(axes[2], of_seeds[0]["steps"], [run["forward_kl"] for run in of_seeds], index, f"{size} dimensions")

@@ -1,7 +1,8 @@
 """InfAlign: win rate against KL for transforms of the calibrated reward and for best-of-N and worst-of-N (2412.19792).
 
-Lines are exact posteriors on enumerated completions, points are trained policies. The last panel has what calibration
-does about a proxy reward with a heavy tail.
+Lines are exact posteriors on enumerated completions, points are policies that f-DPG with the Jensen-Shannon divergence
+trained for them. The last panel has what calibration does about a proxy reward with a heavy tail, and the second table
+what the package's own trainers reach on one prior.
 """
 
 import math
@@ -11,28 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_bayes import CTRLConfig, CTRLTrainer, FDPGConfig, FDPGTrainer
 from trl_bayes.benchmarks.calibrated import ranked_task
 from trl_bayes.benchmarks.descent import descend
+from trl_bayes.benchmarks.exact_training import train_on
 from trl_bayes.benchmarks.laws import at_kl, beats, cumulative, tilt
 from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, markdown_table, mean_and_spread
 from trl_bayes.benchmarks.paper_figure import curve, finish, panels
 from trl_bayes.benchmarks.tiny import EnumerableTask
 from trl_bayes.benchmarks.win_rates import WinRates, mean_rates, win_rates
 from trl_bayes.divergences import get_divergence
-from trl_bayes.estimators import PolicyGradient
+from trl_bayes.estimators import Estimator, PolicyGradient, ScoreFunction
 from trl_bayes.evaluation.figures import run_style
-from trl_bayes.targets import (
-    Transform,
-    best_of_n,
-    ctrl_best_of_n,
-    ctrl_worst_of_n,
-    identity,
-)
+from trl_bayes.targets import Calibrated, Transform, best_of_n, ctrl_best_of_n, ctrl_worst_of_n, identity
+from trl_bayes.targets.transforms import beta_for_kl
 
 
 BUDGETS = [0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5]
 """Nats from the prior."""
 TRAINED_AT = 0.5
+STEPS = 200
 SIZES = (2, 4, 16)
 TRANSFORMS: dict[str, Transform] = {
     "identity: u": identity(),
@@ -80,9 +79,49 @@ def trained(name: str, seed: int, steps: int) -> dict[str, float]:
     task = task_of(seed)
     log_prior, rewards = enumerated(task)
     phi = posterior(name, log_prior, cumulative(log_prior, rewards).middle, TRAINED_AT) - log_prior
-    estimator = PolicyGradient(get_divergence("reverse_kl"))
-    course = descend(task, estimator, phi, steps=steps, group_size=1024, seed=seed)
+    estimator = ScoreFunction(get_divergence("jensen_shannon"))
+    course = descend(task, estimator, phi, steps=steps, group_size=512, seed=seed)
     return rates(course.log_policies[-1], log_prior, rewards)
+
+
+HARDEST = "CTRL worst of N: −exp(−10u)"
+"""What one of the package's trainers is compared on."""
+WAYS = ("posterior", *(f"{kind}, {by}" for kind in ("f-DPG, JS", "KL-RL") for by in ("trainer", "this script")))
+DRAWN = 128
+"""Completions a prompt in a step of a trainer."""
+
+
+def compared(way: str, seed: int, steps: int) -> dict[str, float]:
+    """The hardest transform at one budget: exact, by a trainer of the package, or as all policies here are trained."""
+    task = task_of(seed)
+    log_prior, rewards = enumerated(task)
+    transform = TRANSFORMS[HARDEST]
+    beta = beta_for_kl(transform, TRAINED_AT)
+    phi = transform(cumulative(log_prior, rewards).middle) / beta
+    settings: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": DRAWN * len(task.prompts),
+        "num_generations": DRAWN,
+        "learning_rate": 5e-3,
+        "adam_beta2": 0.99,
+        "seed": seed,
+    }
+    if way == "posterior":
+        law = (log_prior + phi).log_softmax(dim=1)
+    elif way == "f-DPG, JS, trainer":
+        target = Calibrated(transform, beta)
+        law = train_on(
+            task, FDPGTrainer, FDPGConfig, target, partition="known", divergence="jensen_shannon", **settings
+        ).log_policy
+    elif way == "KL-RL, trainer":
+        ctrl = {"inference_procedure": "worst_of_n", "kl_budget": TRAINED_AT}
+        law = train_on(task, CTRLTrainer, CTRLConfig, **ctrl, **settings).log_policy
+    else:
+        estimator: Estimator = ScoreFunction(get_divergence("jensen_shannon"))
+        if way.startswith("KL-RL"):
+            estimator = PolicyGradient(get_divergence("reverse_kl"))
+        law = descend(task, estimator, phi, steps=steps, group_size=DRAWN, seed=seed).log_policies[-1]
+    return rates(law, log_prior, rewards)
 
 
 def hacked(seed: int) -> dict[str, list[float]]:
@@ -109,18 +148,24 @@ def experiment(setting: Setting) -> Shown:
     """Lines for all transforms, points at half a nat, and the proxy."""
     by_seed = [posteriors(seed) for seed in setting.seeds]
     lines = {name: [found[name] for found in by_seed] for name in TRANSFORMS}
-    asked = [
-        {"name": name, "seed": seed, "steps": 2 if setting.quick else 80}
-        for name in TRANSFORMS
-        for seed in setting.seeds
-    ]
+    steps = 2 if setting.quick else STEPS
+    asked = [{"name": name, "seed": seed, "steps": steps} for name in TRANSFORMS for seed in setting.seeds]
     results = setting.run(trained, asked)
+    seed = setting.seeds[0]
+    beside = setting.run(compared, [{"way": way, "seed": seed, "steps": steps} for way in WAYS])
+    by_trainers = dict(zip(WAYS, beside, strict=True))
     points: dict[str, list[dict[str, float]]] = {name: [] for name in TRANSFORMS}
     for arguments, result in zip(asked, results, strict=True):
         points[arguments["name"]].append(result)
     heavy = [hacked(seed) for seed in setting.seeds]
-    record = {"budgets": BUDGETS, "posteriors": lines, "policies": points, "heavy_tail": heavy}
-    text = table(lines, points, heavy)
+    record = {
+        "budgets": BUDGETS,
+        "posteriors": lines,
+        "policies": points,
+        "trainers": by_trainers,
+        "heavy_tail": heavy,
+    }
+    text = f"{table(lines, points, heavy)}\n\n{table_of_trainers(by_trainers, seed)}"
     return Shown(record, text, panels(lambda axes: draw(axes, lines, points, heavy), 4, 2, width=3.7, height=3.2))
 
 
@@ -130,7 +175,9 @@ def draw(axes: Any, lines: Any, points: Any, heavy: Any) -> None:
             curve(panel, BUDGETS, [[row[way] for row in rows] for rows in lines[name]], index, name)
             look = run_style(index)
             x, y = ([row[key] for row in points[name]] for key in ("kl", way))
-            panel.plot(x, y, "k", linestyle="none", marker=look["marker"], markersize=6, markerfacecolor="none")
+            label = f"hollow: trained, {len(x)} seeds" if index == len(TRANSFORMS) - 1 else None
+            hollow = {"marker": look["marker"], "markersize": 6, "markerfacecolor": "none", "label": label}
+            panel.plot(x, y, "k", linestyle="none", **hollow)
         finish(panel, way, "KL(π ‖ π₀), nats", "win rate against π₀", legend=panel is axes[0], fontsize=7)
     for index, name in enumerate(heavy[0]):
         curve(axes[7], BUDGETS, [found[name] for found in heavy], index, name)
@@ -156,6 +203,13 @@ def table(lines: Any, points: Any, heavy: Any) -> str:
         f"{first}\n\nThe largest difference of a policy from its posterior, in any column and seed: {largest:.3f}.\n\n"
         f"Win rate by the gold reward where the proxy's noise has a heavy tail:\n\n{second}"
     )
+
+
+def table_of_trainers(found: dict[str, dict[str, float]], seed: int) -> str:
+    """The package's trainers beside the short loop that trained the rest."""
+    rows = [[way, *(f"{row[key]:.3f}" for key in ("kl", *DECODING))] for way, row in found.items()]
+    text = f"By the package's trainers too: {HARDEST} at half a nat, seed {seed}, {DRAWN} completions a prompt:"
+    return f"{text}\n\n{markdown_table(['', 'KL', *DECODING], rows)}"
 
 
 def shown() -> list[tuple[int, float]]:

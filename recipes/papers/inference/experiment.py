@@ -80,15 +80,19 @@ def label(beta: float) -> str:
 
 
 def draw(axes: Any, courses: dict[float, list[list[Point]]], laws: list[dict[Any, Point]]) -> None:
-    titles = {"reward": "reward", "entropy": "entropy, nats", "distinct": f"different among {DRAWN}"}
-    for panel, (name, title) in zip(axes, titles.items(), strict=False):
+    titles = {
+        "reward": ("reward along training", "reward"),
+        "entropy": ("entropy", "nats"),
+        "distinct": (f"different among {DRAWN} samples", "completions"),
+    }
+    for panel, (name, (title, unit)) in zip(axes, titles.items(), strict=False):
         for index, (beta, runs) in enumerate(courses.items()):
             x = [point["step"] for point in runs[0]]
-            curve(panel, x, [[point[name] for point in points] for points in runs], index, label(beta))
+            curve(panel, x, [[point[name] for point in points] for points in runs], index, label(beta), band=0.07)
             if beta > 0:
                 level = sum(found[beta][name] for found in laws) / len(laws)
                 panel.axhline(level, color="#222222", linewidth=0.7, linestyle=":")
-        finish(panel, title, "steps", "", legend=False)
+        finish(panel, title, "steps", unit, legend=False)
     panel = axes[3]
     for number, found in enumerate(laws):  # each prior has a frontier of its own
         x, y = ([found[beta][name] for beta in FRONTIER] for name in ("kl_prior", "reward"))
@@ -96,7 +100,7 @@ def draw(axes: Any, courses: dict[float, list[list[Point]]], laws: list[dict[Any
     for index, (beta, runs) in enumerate(courses.items()):
         ends = [points[-1] for points in runs]
         curve_point(panel, ends, index, label(beta))
-    finish(panel, "reward against KL", "KL(π ‖ π₀), nats", "reward")
+    finish(panel, "where training ends", "KL(π ‖ π₀), nats", "reward")
 
 
 def curve_point(panel: Any, ends: list[Point], index: int, text: str) -> None:

@@ -109,7 +109,24 @@ def experiment(setting: Setting) -> Shown:
     courses = setting.run(trained, [{"noise": n, "way": w, "seed": s, "steps": steps} for n, w, s in asked])
     for (noise, way, _), course in zip(asked, courses, strict=True):
         found[noise].setdefault(way, []).append(course)
-    return Shown({"points": found}, table(found), panels(lambda axes: draw(axes, found), 2, 2))
+    fits = {noise: forms(ways) for noise, ways in found.items()}
+    record = {"points": found, "fits": fits}
+    return Shown(record, f"{table(found)}\n\n{table_of_forms(fits)}", panels(lambda axes: draw(axes, found), 2, 2))
+
+
+def forms(ways: dict[str, list[list[Point]]]) -> dict[str, list[dict[str, float]]]:
+    """The paper's laws of the gold gain, `d (a - b d)` and `d (a - b log d)` with d = sqrt(KL), by least squares."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for way, bend in ((EXACT[0], lambda d: d), (EXACT[1], numpy.log)):
+        for points in ways[way]:
+            d, gold = (numpy.array([point[name] for point in points]) for name in ("sqrt_kl", "gold"))
+            far = d > 0.05
+            d, gold = d[far], gold[far]
+            (a, b), *_ = numpy.linalg.lstsq(numpy.stack([d, -d * bend(d)], axis=1), gold, rcond=None)
+            off = gold - d * (a - b * bend(d))
+            explained = 1 - float((off**2).sum() / ((gold - gold.mean()) ** 2).sum())
+            found.setdefault(way, []).append({"a": float(a), "b": float(b), "explained": explained})
+    return found
 
 
 def on_grid(points: list[Point], name: str) -> list[float]:
@@ -130,7 +147,8 @@ def draw(axes: Any, found: dict[str, dict[str, list[list[Point]]]]) -> None:
                 else:
                     draw_trained(panel, runs, name, index, way)
             panel.axhline(0, color="#222222", linewidth=0.8)
-            finish(panel, f"{name} reward, {noise}", "√KL(π ‖ π₀)", "gain over the prior", legend=row + column == 0)
+            y = f"{name} reward, gain over π₀"
+            finish(panel, f"{name} reward, {noise}", "√KL(π ‖ π₀), √nats", y, legend=row + column == 0)
 
 
 def draw_trained(panel: Any, runs: list[list[Point]], name: str, index: int, label: str) -> None:
@@ -163,3 +181,14 @@ def table(found: dict[str, dict[str, list[list[Point]]]]) -> str:
             cells += [[point[name] for point in last] for name in ("gold", "sqrt_kl")]
             rows.append([noise, way, *(mean_and_spread(cell, 2) for cell in cells)])
     return markdown_table(columns, rows)
+
+
+def table_of_forms(fits: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+    """How well the paper's laws describe the gold reward of exact laws."""
+    rows = [
+        [noise, way, form, *(mean_and_spread([fit[name] for fit in ways[way]], 2) for name in ("a", "b", "explained"))]
+        for noise, ways in fits.items()
+        for way, form in ((EXACT[0], "d (a − b d)"), (EXACT[1], "d (a − b log d)"))
+    ]
+    columns = ["noise", "way", "form, d = √KL", "a", "b", "share of variance explained"]
+    return f"The paper's forms, fitted to the gold gain of each seed:\n\n{markdown_table(columns, rows)}"
