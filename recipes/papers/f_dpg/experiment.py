@@ -28,8 +28,10 @@ SYMBOLS = {
     "squared_hellinger": "H²",
     "pearson_chi2": "χ²(π‖p)",
 }
-SIZES = (8, 16, 32, 64)
-"""Dimensions of the prior's hidden states, a multiple of its 4 heads."""
+SIZES = {8: 1e-2, 16: 5e-3, 32: 5e-3, 64: 2.5e-3}
+"""Dimensions of the prior's hidden states, and the best of three learning rates on priors that are not shown."""
+SWEPT = ("forward_kl", "reverse_kl", "jensen_shannon")
+"""Divergences that are compared on priors of each size."""
 
 
 def task_of(seed: int) -> EnumerableTask:
@@ -58,6 +60,7 @@ def train(divergence: str, seed: int, steps: int, hidden_size: int = 32) -> dict
         seed=seed,
         evaluate_at=at,
         hidden_size=hidden_size,
+        learning_rate=SIZES[hidden_size],
     )
     posterior, last = tilt(course.log_prior, rewards, BETA), course.log_policies[-1]
     return {
@@ -72,26 +75,27 @@ def train(divergence: str, seed: int, steps: int, hidden_size: int = 32) -> dict
 
 
 def experiment(setting: Setting) -> Shown:
-    """The matrix, and the sweep of the prior's size with Jensen-Shannon."""
+    """The matrix, and the sweep of the prior's size with three divergences."""
     steps = 2 if setting.quick else STEPS
     asked: list[dict[str, Any]] = [
         {"divergence": n, "seed": s, "steps": steps} for n in SYMBOLS for s in setting.seeds
     ]
-    sizes = [size for size in SIZES if size != 32]
     asked += [
-        {"divergence": "jensen_shannon", "seed": s, "steps": steps, "hidden_size": size}
-        for size in sizes
+        {"divergence": n, "seed": s, "steps": steps, "hidden_size": size}
+        for size in SIZES
+        if size != 32
+        for n in SWEPT
         for s in setting.seeds
     ]
     results = setting.run(train, asked)
     runs: dict[str, list[Any]] = {name: [] for name in SYMBOLS}
-    sweep: dict[int, list[Any]] = {size: [] for size in SIZES}
+    sweep: dict[int, dict[str, list[Any]]] = {size: {name: [] for name in SWEPT} for size in SIZES}
     for arguments, result in zip(asked, results, strict=True):
         if "hidden_size" in arguments:
-            sweep[arguments["hidden_size"]].append(result)
+            sweep[arguments["hidden_size"]][arguments["divergence"]].append(result)
         else:
             runs[arguments["divergence"]].append(result)
-    sweep[32] = runs["jensen_shannon"]
+    sweep[32] = {name: runs[name] for name in SWEPT}
     record = {"runs": runs, "sizes": sweep}
     return Shown(record, table(runs, sweep), panels(lambda axes: draw(axes, runs, sweep), 3, height=3.9))
 
@@ -118,7 +122,7 @@ def ranks(runs: dict[str, list[Any]]) -> dict[str, list[float]]:
     return places
 
 
-def draw(axes: Any, runs: dict[str, list[Any]], sweep: dict[int, list[Any]]) -> None:
+def draw(axes: Any, runs: dict[str, list[Any]], sweep: dict[int, dict[str, list[Any]]]) -> None:
     found = matrix(runs)
     means = numpy.array([[statistics.mean(found[trained][name]) for name in SYMBOLS] for trained in SYMBOLS])
     relative = means / means.min(axis=0)
@@ -137,13 +141,15 @@ def draw(axes: Any, runs: dict[str, list[Any]], sweep: dict[int, list[Any]]) -> 
     axes[1].axhline(0, color="#222222", linewidth=0.8, linestyle=":")
     axes[1].set_ylim(-1.4, 1.4)  # the prior's, above, differ more than all that follows
     finish(axes[1], "entropy above the posterior's", "steps", "nats")
-    for index, (size, of_seeds) in enumerate(sweep.items()):
-        curve(axes[2], of_seeds[0]["steps"], [run["forward_kl"] for run in of_seeds], index, f"{size} dimensions")
-    axes[2].set_yscale("log")
-    finish(axes[2], "JS: KL(p‖π) by the prior's size", "steps", "nats")
+    for index, name in enumerate(SWEPT):
+        runs_of = [of[name] for of in sweep.values()]
+        ends = [[of_seeds[s]["divergences"]["jensen_shannon"] for of_seeds in runs_of] for s in range(len(runs_of[0]))]
+        curve(axes[2], list(SIZES), ends, index, f"trained with {SYMBOLS[name]}", markevery=1)
+    axes[2].set_xscale("log", base=2)
+    finish(axes[2], "JS at the end, by the prior's size", "dimensions of the prior", "nats")
 
 
-def table(runs: dict[str, list[Any]], sweep: dict[int, list[Any]]) -> str:
+def table(runs: dict[str, list[Any]], sweep: dict[int, dict[str, list[Any]]]) -> str:
     found, places = matrix(runs), ranks(runs)
     rows = []
     for trained in SYMBOLS:
@@ -156,12 +162,15 @@ def table(runs: dict[str, list[Any]], sweep: dict[int, list[Any]]) -> str:
     rows = [
         [
             str(size),
+            f"{SIZES[size]:g}",
             mean_and_spread([run["start"]["forward_kl"] for run in of_seeds]),
-            mean_and_spread([run["divergences"]["forward_kl"] for run in of_seeds], 4),
-            mean_and_spread([run["divergences"]["jensen_shannon"] for run in of_seeds], 4),
+            SYMBOLS[name],
+            *(mean_and_spread([run["divergences"][measure] for run in of_seeds], 4) for measure in SWEPT),
         ]
-        for size, of_seeds in sweep.items()
+        for size, of_name in sweep.items()
+        for name, of_seeds in of_name.items()
     ]
-    second = markdown_table(["prior's dimensions", "KL(p‖π₀)", "KL(p‖π) at the end", "JS at the end"], rows)
-    titles = "Measured with each column at the end of training:", "Jensen-Shannon, priors of several sizes:"
+    columns = ["prior's dimensions", "learning rate", "KL(p‖π₀)", "trained with", *(SYMBOLS[name] for name in SWEPT)]
+    second = markdown_table(columns, rows)
+    titles = "Measured with each column at the end of training:", "Priors of several sizes:"
     return f"{titles[0]}\n\n{first}\n\n{titles[1]}\n\n{second}"
