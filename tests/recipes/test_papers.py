@@ -1,6 +1,7 @@
 """The papers' figures: every script runs on a minimal budget and writes what the page says; bad input is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,35 +9,62 @@ import pytest
 from trl_bayes import cli
 from trl_bayes.benchmarks.paper import mean_and_spread, scripts
 from trl_bayes.benchmarks.papers import strict
+from trl_bayes.samplers import kl_of_best_of_n
 
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "papers"
+RECORDED = {  # what each table.json holds, besides seeds and seconds
+    "best_of_n": {"rows", "memoryless"},
+    "decoding": {"realigned", "proxy"},
+    "distribution_matching": {"sizes", "variances", "courses"},
+    "f_dpg": {"runs", "sizes"},
+    "inf_align": {"budgets", "posteriors", "policies", "trainers", "heavy_tail"},
+    "inference": {"courses", "exact"},
+    "over_optimization": {"points", "fits"},
+}
 NAMES = sorted(scripts())
 
 
 def test_there_is_one_of_each_paper() -> None:
-    assert NAMES == [
-        "best_of_n",
-        "decoding",
-        "distribution_matching",
-        "f_dpg",
-        "inf_align",
-        "inference",
-        "over_optimization",
-    ]
+    assert sorted(RECORDED) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_shown_is_there(name: str) -> None:
     """The files of each folder, with five seeds; the README and the page show the figure and the table's numbers."""
     record = json.loads((FOLDER / name / "table.json").read_text(), parse_constant=pytest.fail)
-    assert record["seeds"] == [0, 1, 2, 3, 4]
+    assert set(record) == {"seeds", "seconds"} | RECORDED[name] and record["seeds"] == [0, 1, 2, 3, 4]
     assert (FOLDER / name / "figure.png").read_bytes().startswith(b"\x89PNG")
     readme = (FOLDER / name / "README.md").read_text()
     assert "(figure.png)" in readme and f"--figures {name}" in readme
     page = (ROOT / "docs" / "papers.md").read_text()
     assert f"../recipes/papers/{name}/figure.png" in page and f"../recipes/papers/{name}/README.md" in page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_of_a_readme_are_in_its_table(name: str) -> None:
+    """With two digits or more; a table that is made again leaves no stale text behind."""
+    readme = re.sub(r"\[[^\]]*\]\([^)]*\)", "", (FOLDER / name / "README.md").read_text())  # papers have numbers too
+    table = [float(number) for number in decimals((FOLDER / name / "table.md").read_text())]
+    quoted = [number for number in decimals(readme) if len(number.partition(".")[2]) >= 2]
+    assert quoted
+    for number in quoted:
+        rounding = 0.5 * 10 ** -len(number.partition(".")[2]) + 1e-9
+        assert any(abs(value - float(number)) <= rounding for value in table), f"{number} is not in table.md"
+
+
+def decimals(text: str) -> list[str]:
+    return re.findall(r"(?<![\w.])\d*\.\d+", text)
+
+
+def test_inf_align_is_as_close_as_promised() -> None:
+    """What is committed: policies within .02 of their posteriors in every column and seed."""
+    record = json.loads((FOLDER / "inf_align" / "table.json").read_text())
+    place = record["budgets"].index(0.5)
+    for name, policies in record["policies"].items():
+        for policy, posterior in zip(policies, record["posteriors"][name], strict=True):
+            assert policy == pytest.approx(posterior[place], abs=0.02)
 
 
 def test_best_of_n_has_the_formula(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +78,8 @@ def test_best_of_n_has_the_formula(tmp_path: Path, capsys: pytest.CaptureFixture
         assert row["win_rate"] <= row["win_rate_tilt_rank"] + 1e-6
     for rows in record["rows"].values():
         assert all(row["kl"] <= row["formula"] + 1e-9 for row in rows[0])
+    for rows in record["memoryless"].values():  # no law has more reward at its distance than the tilt
+        assert all(row["kl"] <= kl_of_best_of_n(row["n"]) and -1e-6 < row["gap"] < 0.02 for row in rows[0])
     assert (tmp_path / "best_of_n" / "table.md").read_text().strip() in capsys.readouterr().out
 
 
