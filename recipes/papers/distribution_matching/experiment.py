@@ -1,5 +1,6 @@
 """Distribution matching beside reward maximization: variance of gradients, and where each method ends (2206.00761)."""
 
+import statistics
 import tempfile
 import warnings
 from dataclasses import replace
@@ -202,7 +203,7 @@ def experiment(setting: Setting) -> Shown:
 def draw(axes: Any, gradients: Any, courses: Any) -> None:
     for panel, (where, runs) in zip((axes[0], axes[4]), gradients.items(), strict=True):
         for index, name in enumerate(runs[0]):
-            curve(panel, SIZES, [run[name] for run in runs], index, name)
+            curve(panel, SIZES, [run[name] for run in runs], index, name, band=0.07)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         legend = {"legend": panel is axes[0], "fontsize": 7, "loc": "lower left"}
@@ -221,12 +222,21 @@ def draw(axes: Any, gradients: Any, courses: Any) -> None:
             finish(panel, f"{title}, {constraint.partition(':')[0]}", "steps", "nats", legend=panel is axes[1])
 
 
+def short(values: list[float]) -> str:
+    """`mean ± standard deviation` over seeds, whatever the size of the number."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3g} ± {spread:.2g}"
+
+
 def table(gradients: Any, courses: Any) -> str:
     rows = []
     for where, runs in gradients.items():
         for name in runs[0]:
-            cells = [f"{sum(run[name][i] for run in runs) / len(runs):.3g}" for i in range(len(SIZES))]
-            rows.append([where, name, *cells])
+            rows.append([where, name, *(short([run[name][i] for run in runs]) for i in range(len(SIZES)))])
+        for kind in (name.removesuffix(", no baseline") for name in runs[0] if name.endswith(", no baseline")):
+            pairs = [(run[f"{kind}, no baseline"], run[f"{kind}, with baseline"]) for run in runs]
+            ratios = (short([without[i] / baseline[i] for without, baseline in pairs]) for i in range(len(SIZES)))
+            rows.append([where, f"{kind}: without / with", *ratios])
     first = markdown_table(["where", "estimator", *(str(size) for size in SIZES)], rows)
     rows, names = [], ("forward_kl", "kl_prior", "entropy", "feature")
     for constraint, methods in courses.items():

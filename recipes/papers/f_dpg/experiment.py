@@ -29,7 +29,7 @@ SYMBOLS = {
     "pearson_chi2": "χ²(π‖p)",
 }
 SIZES = {8: 1e-2, 16: 5e-3, 32: 5e-3, 64: 2.5e-3}
-"""Dimensions of the prior's hidden states, and the best of three learning rates on priors that are not shown."""
+"""Dimensions of the prior's hidden states, and the best of up to three learning rates on priors that are not shown."""
 SWEPT = ("forward_kl", "reverse_kl", "jensen_shannon")
 """Divergences that are compared on priors of each size."""
 
@@ -137,7 +137,7 @@ def draw(axes: Any, runs: dict[str, list[Any]], sweep: dict[int, dict[str, list[
     finish(panel, "divergence over the best of its column", "measured with", "trained with", legend=False)
     for index, (name, of_seeds) in enumerate(runs.items()):
         above = [[value - run["posterior_entropy"] for value in run["entropy"]] for run in of_seeds]
-        curve(axes[1], of_seeds[0]["steps"], above, index, SYMBOLS[name])
+        curve(axes[1], of_seeds[0]["steps"], above, index, SYMBOLS[name], band=0.07)
     axes[1].axhline(0, color="#222222", linewidth=0.8, linestyle=":")
     axes[1].set_ylim(-1.4, 1.4)  # the prior's, above, differ more than all that follows
     finish(axes[1], "entropy above the posterior's", "steps", "nats")
