@@ -6,6 +6,7 @@ what the package's own trainers reach on one prior.
 """
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -108,20 +109,27 @@ def compared(way: str, seed: int, steps: int) -> dict[str, float]:
     }
     if way == "posterior":
         law = (log_prior + phi).log_softmax(dim=1)
-    elif way == "f-DPG, JS, trainer":
-        target = Calibrated(transform, beta)
-        law = train_on(
-            task, FDPGTrainer, FDPGConfig, target, partition="known", divergence="jensen_shannon", **settings
-        ).log_policy
-    elif way == "KL-RL, trainer":
-        ctrl = {"inference_procedure": "worst_of_n", "kl_budget": TRAINED_AT}
-        law = train_on(task, CTRLTrainer, CTRLConfig, **ctrl, **settings).log_policy
+    elif way.endswith("trainer"):
+        with warnings.catch_warnings():
+            # 2,000 samples of 421 completions repeat, and Z is then estimated from them
+            warnings.filterwarnings("ignore", message=".*share their reward with another of the same prompt")
+            law = by_trainer(way, task, beta, settings)
     else:
         estimator: Estimator = ScoreFunction(get_divergence("jensen_shannon"))
         if way.startswith("KL-RL"):
             estimator = PolicyGradient(get_divergence("reverse_kl"))
         law = descend(task, estimator, phi, steps=steps, group_size=DRAWN, seed=seed).log_policies[-1]
     return rates(law, log_prior, rewards)
+
+
+def by_trainer(way: str, task: EnumerableTask, beta: float, settings: dict[str, Any]) -> Tensor:
+    """`log pi` of all completions, `(P, N)`, of a policy that a trainer of the package has trained."""
+    if way.startswith("KL-RL"):
+        ctrl = {"inference_procedure": "worst_of_n", "kl_budget": TRAINED_AT}
+        return train_on(task, CTRLTrainer, CTRLConfig, **ctrl, **settings).log_policy
+    target = Calibrated(TRANSFORMS[HARDEST], beta)
+    f_dpg = {"partition": "known", "divergence": "jensen_shannon"}
+    return train_on(task, FDPGTrainer, FDPGConfig, target, **f_dpg, **settings).log_policy
 
 
 def hacked(seed: int) -> dict[str, list[float]]:
