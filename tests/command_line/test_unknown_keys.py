@@ -44,6 +44,9 @@ def test_every_hint_is_about_what_is_not_there_and_names_what_is() -> None:
         ("kl_coef", "here it is `beta`"),
         ("vllm_device", "set `vllm_mode`"),
         ("model_name", "here it is `model_name_or_path`"),
+        ("micro_batch_size", "here it is `per_device_train_batch_size`"),
+        ("num_return_sequences", "here it is `num_generations`"),
+        ("max_seq_length", "prompts are not cut: set `max_completion_length`"),
     ],
 )
 @pytest.mark.parametrize("command", ["f-dpg", "evaluate", "sample"])

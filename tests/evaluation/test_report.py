@@ -344,7 +344,7 @@ def test_the_log_of_a_training_is_a_run(tmp_path: Path) -> None:
         read_report(nothing)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [str(tmp_path / name) for name in ("x", "y")]
     for folder in folders:
         write_report(report(run("a", 0.3)), folder)
@@ -363,4 +363,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             main(arguments)
         error = capsys.readouterr().err
         assert error.startswith("trl-bayes report: error: ") and sentence in error and error.count("\n") == 1
-    main([folders[0], *out, "--overwrite"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["~/x", *out, "--overwrite"])

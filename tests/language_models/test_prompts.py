@@ -122,12 +122,24 @@ def test_a_text_without_tokens(chat_tokenizer: PreTrainedTokenizerBase) -> None:
             check(["a", ""], chat_tokenizer, model)
 
 
-@pytest.mark.parametrize("prompt", [None, 3, 1.5, True, [], ["a"], [{"content": "a"}], {"role": "user"}, [["a"]]])
+BLANK = {"role": "user", "content": None}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, 3, 1.5, True, [], ["a"], [{"content": "a"}], {"role": "user"}, [["a"]]]
+    + [[BLANK], [{"role": "user"}], [{"role": "system", "content": "a"}, BLANK], [{"role": "user", "content": 3}]],
+)
 def test_what_is_no_prompt(prompt: Any) -> None:
     with pytest.raises(ValueError, match="make it a text, or a list of messages, or leave its row out"):
         check_prompt(prompt)
     with pytest.raises(ValueError, match="A prompt of the data is"):
         check(["a", prompt], object())  # also where the tokenizer is a processor, of images too
+
+
+def test_a_call_of_a_tool_has_no_content() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    check_prompt([{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}])
 
 
 def test_processors_are_not_asked_for_tokens() -> None:

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -338,6 +339,20 @@ def calls_one_that_reads(completions: list[str], **kwargs: Any) -> list[float]:
     return reads_a_file(completions)
 
 
+def asks_a_server(completions: list[str], **kwargs: Any) -> list[float]:
+    import requests
+
+    return [requests.post("http://localhost:1", json=text).json() for text in completions]
+
+
+def asks_a_host(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(bool(socket.gethostbyname(text))) for text in completions]
+
+
+def runs_a_program(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(subprocess.run(["judge", text]).returncode) for text in completions]
+
+
 def evaluates(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(eval(text)) for text in completions]
 
@@ -359,6 +374,9 @@ def lazily(completions: list[str], **kwargs: Any) -> list[float]:
         reads_a_path,
         reads_the_environment,
         calls_one_that_reads,
+        asks_a_server,
+        asks_a_host,
+        runs_a_program,
         evaluates,
         imports_by_name,
         lazily,

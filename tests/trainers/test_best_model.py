@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from trl_bayes import CTRLConfig, DPGConfig, FDPGConfig, FDPGTrainer, KLRLConfig, TrajectoryBalanceConfig
+from trl_bayes import CTRLConfig, DPGConfig, FDPGConfig, FDPGTrainer, KLRLConfig, TrajectoryBalanceConfig, XPOConfig
 from trl_bayes.benchmarks.tiny import letter_count_task
 
 
@@ -21,6 +21,8 @@ HERE = {"output_dir": "out", "bf16": False, "use_cpu": True, "report_to": "none"
         ("posterior/reverse_kl", False),
         ("eval_held_out_posterior/kl_prior", False),
         ("eval_posterior/frac_no_evidence", False),
+        ("kl", False),
+        ("eval_held_out_kl", False),
         ("eval_posterior/ess", True),
         ("eval_posterior/log_z", True),
         ("eval_reward", True),
@@ -30,8 +32,13 @@ HERE = {"output_dir": "out", "bf16": False, "use_cpu": True, "report_to": "none"
 )
 def test_smaller_is_better_for_distances(config_class: type, metric: str | None, expected: bool | None) -> None:
     assert config_class(**HERE, metric_for_best_model=metric).greater_is_better is expected
-    for own in (True, False):
+    for own in (True, False):  # as the user says
         assert config_class(**HERE, metric_for_best_model=metric, greater_is_better=own).greater_is_better is own
+
+
+@pytest.mark.parametrize("metric", ["eval_objective/kl", "eval_loss/dpo", "eval_posterior/reverse_kl", "eval_kl"])
+def test_smaller_is_better_for_what_xpo_logs(metric: str) -> None:
+    assert XPOConfig(**HERE, metric_for_best_model=metric).greater_is_better is False
 
 
 def test_the_nearest_checkpoint_is_loaded(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Bad configurations and targets: each is refused before the first step, with one sentence that says what to set."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, "`no_repeat_ngram_size=2` in `generation_kwargs`"),
         ({"generation_kwargs": {"temperature": 0.5}}, "`temperature=0.5` in `generation_kwargs` .* leave it out"),
         ({"generation_kwargs": {"do_sample": False}}, "`do_sample=False` in `generation_kwargs` .* set it to True"),
+        ({"generation_kwargs": {"eos_token_id": 0}}, "`eos_token_id=0` in `generation_kwargs` .* leave it out"),
+        ({"generation_kwargs": {"allowed_token_ids": [1]}}, r"`allowed_token_ids=\[1\]` .* leave it out"),
+        ({"generation_kwargs": {"structured_outputs": {"regex": "a"}}}, "`structured_outputs=.* leave it out"),
         ({"temperature": 0.0}, "`temperature=0.0` does not sample: set it above 0"),
         ({"scale_rewards": "group"}, "`scale_rewards='group'` .* set `scale_rewards='none'`"),
         ({"scale_rewards": True}, "`scale_rewards=True` .* set `scale_rewards='none'`"),
@@ -190,6 +194,22 @@ def test_prior_without_tokenizer_must_have_the_same_size(model_path: str, tmp_pa
     args = KLRLConfig(**arguments(tmp_path, prior_model_name_or_path=other))
     with pytest.raises(ValueError, match="prior has a vocabulary of 10 tokens, the policy one of 7"):
         KLRLTrainer(model_path, TASK.reward_func, args, TASK.dataset(8))
+
+
+def test_prior_that_ends_elsewhere(model_path: str, tmp_path: Path) -> None:
+    """The policy would stop where the prior goes on, and evaluation would not: other outcomes, another posterior."""
+    other = shutil.copytree(model_path, tmp_path / "other")
+    prior = AutoModelForCausalLM.from_pretrained(other)
+    end = prior.generation_config.eos_token_id
+    prior.generation_config.eos_token_id = [end, 0]
+    prior.save_pretrained(other)
+    args = KLRLConfig(**arguments(tmp_path, prior_model_name_or_path=str(other)))
+    message = rf"ends a completion at the tokens \[0, {end}\] and the policy at \[{end}\].*set the same `eos_token_id`"
+    with pytest.raises(ValueError, match=message):
+        KLRLTrainer(model_path, TASK.reward_func, args, TASK.dataset(8))
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    policy.generation_config.eos_token_id = [0, end]
+    assert KLRLTrainer(policy, TASK.reward_func, args, TASK.dataset(8)).eos_token_ids == [0, end]
 
 
 def test_generation_config_of_the_model(model_path: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence("trl-bayes report"):
         if (folder / "report.html").exists() and not args.overwrite:
             raise ValueError(f"{folder / 'report.html'} exists: give another --output_dir, or --overwrite.")
-        report = merge_reports({path: read_report(path) for path in args.runs})
+        report = merge_reports({path: read_report(Path(path).expanduser()) for path in args.runs})
         report.title = args.title or report.title
         print(write_report(report, folder))
 

@@ -22,10 +22,17 @@ def check_prompt(prompt: Any) -> None:
     """
     if isinstance(prompt, str):
         return
-    if isinstance(prompt, list) and prompt and all(isinstance(each, Mapping) and "role" in each for each in prompt):
+    if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
         return
     what = "missing" if prompt is None else repr(prompt)
     raise ValueError(f"A prompt of the data is {what}: make it a text, or a list of messages, or leave its row out.")
+
+
+def _is_message(each: Any) -> bool:
+    """Whether it has a role and something to say; a chat template writes a blank cell as the word "None"."""
+    if not isinstance(each, Mapping) or "role" not in each:
+        return False
+    return isinstance(each.get("content"), str | list) or bool(each.get("tool_calls"))
 
 
 def check_prompts(

@@ -34,6 +34,11 @@ _MODULE_ATTRIBUTES = ("__doc__", "__dict__", "__weakref__", "__module__", "__ann
 # With these, values may depend on what is not in the program: files, the environment, code that is not there yet
 _SEES_OUTSIDE = {"open", "read_text", "read_bytes", "environ", "getenv", "urlopen", "import_module"}
 _BUILTIN_SEES_OUTSIDE = {"eval", "exec", "globals", "input", "__import__"}  # `model.eval()` does not
+# Libraries whose version does not stand for what they return: servers and other programs
+_LIBRARIES_SEE_OUTSIDE = {
+    *("aiohttp", "httpx", "requests", "socket", "subprocess"),
+    *("anthropic", "gradio_client", "litellm", "openai"),
+}
 _MOST_PARTS = 100_000  # of a function that is described; whatever holds more is data and no function
 
 
@@ -329,6 +334,8 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 def _library(module: str | None) -> str | None:
     """The version of the library that a module is of; `None` for a module of the user's own, or of this package."""
     top = (module or "").partition(".")[0]
+    if top in _LIBRARIES_SEE_OUTSIDE:
+        raise _UnknownError(f"it uses {top}")
     if top in sys.stdlib_module_names and top != "__main__":
         return sys.version
     try:

@@ -26,6 +26,16 @@ _EXACT_VALUES: dict[str, tuple[Any, ...]] = {
     "min_new_tokens": (0,),
     "min_tokens": (0,),
     "bad_words_ids": (),
+    "bad_words": (),
+    "force_words_ids": (),
+    "constraints": (),
+    "allowed_token_ids": (),
+    "prefix_allowed_tokens_fn": (),
+    "structured_outputs": (),
+    "guided_decoding": (),
+    "dola_layers": (),
+    "logits_processor": (),
+    "logits_processors": (),
     "sequence_bias": (),
     "suppress_tokens": (),
     "begin_suppress_tokens": (),
@@ -36,6 +46,11 @@ _EXACT_VALUES: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
     "penalty_alpha": (0.0,),
     "logit_bias": (),
+    # Where a completion stops: TRL scores what stands behind by its own stop tokens, as if it had been sampled
+    "eos_token_id": (),
+    "stop_strings": (),
+    "stopping_criteria": (),
+    "max_time": (),
 }
 """Values, besides `None`, under which each setting leaves the model's distribution as it is."""
 

@@ -33,16 +33,20 @@ _WITHOUT_SIBLINGS = ("prior_samples", "known")
 
 
 _SMALLER_IS_BETTER = (
-    "forward_kl",
-    "reverse_kl",
-    "kl_prior",
-    "frac_no_evidence",
-    "frac_unscored",
-    "frac_infinite_reward",
-    "capped_frac",
-    "pseudo_reward_std",
+    "posterior/forward_kl",
+    "posterior/reverse_kl",
+    "posterior/kl_prior",
+    "posterior/frac_no_evidence",
+    "posterior/frac_unscored",
+    "posterior/frac_infinite_reward",
+    "posterior/capped_frac",
+    "posterior/pseudo_reward_std",
+    "kl",
+    "objective/kl",
+    "loss/dpo",
+    "loss/xpo",
 )
-"""Metrics of ours, behind `posterior/`, of which transformers would take the largest for the best."""
+"""Metrics of which transformers would take the largest for the best, behind `eval_` and the name of a data set."""
 
 
 @dataclass
@@ -172,8 +176,9 @@ class PosteriorConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check_group_size()
-        _, ours, metric = (self.metric_for_best_model or "").rpartition("posterior/")
-        if self.greater_is_better is None and ours and metric in _SMALLER_IS_BETTER:
+        if self.greater_is_better is None and f"_{self.metric_for_best_model}".endswith(
+            tuple(f"_{metric}" for metric in _SMALLER_IS_BETTER)
+        ):
             self.greater_is_better = False
         scale_rewards = self.scale_rewards  # TRL gives True another name
         with self._as_a_pair():

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from ..language_models.adapters import base_of_adapter
+from ..language_models.generation import find_stop_ids
 from ..language_models.noise import disable_noise
 from ..language_models.positions import give_positions
 from ..language_models.vocabulary import check_same_vocabulary
@@ -59,7 +60,7 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
         `torch.nn.Module`: the prior, on the trainer's device(s) for evaluation, wrapped where the run is distributed.
 
     Raises:
-        ValueError: if the prior does not speak the policy's vocabulary.
+        ValueError: if the prior does not speak the policy's vocabulary, or ends at other tokens.
     """
     assert args.prior_model_name_or_path is not None  # the caller's condition
     policy = cast(PreTrainedModel, trainer.model)
@@ -81,12 +82,35 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
         reference="policy",
         advice="set `prior_model_name_or_path` to a model with the policy's tokenizer.",
     )
+    _refuse_other_ends(trainer, args.prior_model_name_or_path, prior, bool(kwargs["trust_remote_code"]))
     add_fused_lm_head(prior, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(prior, trainer.accelerator)
     if trainer.is_fsdp_enabled:
         return cast(torch.nn.Module, prepare_fsdp(prior, trainer.accelerator))
     return trainer.accelerator.prepare_model(prior, evaluation_mode=True)
+
+
+def _refuse_other_ends(trainer: GRPOTrainer, name: str, prior: Any, trust_remote_code: bool) -> None:
+    """
+    Refuses a prior that ends its completions at other tokens than the policy that is sampled.
+
+    What is evaluated and sampled without a trainer is a posterior of completions as the prior ends them.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):  # no tokenizer beside the weights
+        tokenizer = trainer._tokenizer
+    ends, own = sorted(find_stop_ids(prior, tokenizer)), sorted(set(trainer.eos_token_ids))
+    if ends != own:
+        raise ValueError(
+            f"The prior {name!r} ends a completion at the tokens {ends} and the policy at {own}, so their completions "
+            "are not the same outcomes: set the same `eos_token_id` in `generation_config.json` and in the tokenizer "
+            "of both."
+        )
 
 
 def make_exact(
