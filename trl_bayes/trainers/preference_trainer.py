@@ -13,7 +13,8 @@ from ..targets import Target
 from ..targets.base import weighted_sum
 from .batches import row_hashes, scorer_inputs, sequence_log_probs
 from .judge import Judge, ask
-from .learning_from_prior import GIVEN, REWARDS, RowsOfData, collect, fit, prior_samples_of
+from .further_data import rows_of
+from .learning_from_prior import GIVEN, REWARDS, collect, fit, prior_samples_of
 from .metrics import show_advantages, token_kl
 from .pairs import (
     alternate,
@@ -138,14 +139,15 @@ class PreferenceTrainer(PosteriorTrainer):
     # ---------------------------------------------------------------------------------------------------------------
     # The prior's completions
 
-    def learn_from_prior(self) -> None:
-        rows = RowsOfData.of(
-            [self._remove_unused_columns(dataset) for dataset in self._datasets()],  # as TRL gives them
-            is_trained=[dataset is self.train_dataset for dataset in self._datasets()],
-        )
+    @property
+    def has_learned(self) -> bool:
+        return bool(self._place)  # the completions themselves are no part of a checkpoint
+
+    def learn_from_prior(self, again: bool = False) -> None:
+        rows = rows_of(self)
         samples = prior_samples_of(self, rows)
         collect(samples, rows, self._draw_prior, self._score_prior_samples, self)
-        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity))
+        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity), again)
         self._prior_completions = samples.completions().completion_ids
         self._place = {key: place for place, key in enumerate(rows.keys.tolist())}
 
@@ -175,7 +177,7 @@ class PreferenceTrainer(PosteriorTrainer):
     # From a group of completions to pairs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self._place:
+        if not self.has_learned:
             self.learn_from_prior()
         self._of_prior = self._choose_of_prior(inputs)
         try:
