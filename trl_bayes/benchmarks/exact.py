@@ -80,7 +80,7 @@ def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
 
 
 def _asked_for(problem: ExactProblem, parts: Sequence[str]) -> list[TrainerSetup]:
-    """Trainers by parts of their names, all if there are none; those that replay only where a part says so, and XPO."""
+    """Trainers by parts of their names, all if there are none; XPO and those that replay only where a part says so."""
     if not parts:
         return trainers(problem)
     replay = [part for part in parts if "replay" in part]

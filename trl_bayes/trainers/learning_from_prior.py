@@ -126,8 +126,8 @@ def collect(
     if len(samples.missing()) and trainer.state.global_step > 0:
         raise PriorSamplesError(
             f"Samples of the prior are missing in {samples.folder}, and the policy has been trained since: give the "
-            "trainer all data as `train_dataset` and `eval_dataset` before it trains, or resume from a checkpoint with "
-            "its `posterior_state` files."
+            "trainer all data as `train_dataset` and `eval_dataset` before it trains, or resume from a checkpoint "
+            "with its `posterior_state` files."
         )
     accelerator = trainer.accelerator
     work = Work(

@@ -8,12 +8,12 @@ from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
-from ..estimators import PairTerms, Preference, bradley_terry, larger_wins
+from ..estimators import Preference, bradley_terry, larger_wins
 from ..targets import Target
 from ..targets.base import weighted_sum
 from .batches import row_hashes, scorer_inputs, sequence_log_probs
-from .judge import Judge, ask
 from .further_data import rows_of
+from .judge import Judge, ask
 from .learning_from_prior import GIVEN, REWARDS, collect, fit, prior_samples_of
 from .metrics import show_advantages, token_kl
 from .pairs import (
@@ -22,8 +22,11 @@ from .pairs import (
     by_pairs,
     completions_of,
     entropy_metric,
+    generated_batch,
     generation_metrics,
+    in_generated_order,
     loss_metrics,
+    pair_terms,
 )
 from .posterior_trainer import EvalDataset, PosteriorTrainer
 
@@ -185,10 +188,6 @@ class PreferenceTrainer(PosteriorTrainer):
         finally:
             self._of_prior = None
 
-    @property
-    def _is_scored_by_update(self) -> bool:
-        return False  # TRL shuffles pairs, and what is logged of groups wants completions
-
     def _generate_with_rewards(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         output, rows = super()._generate_with_rewards(inputs)
         if self._of_prior is None:
@@ -226,10 +225,10 @@ class PreferenceTrainer(PosteriorTrainer):
         else:  # there is no posterior of rewards to stand near
             self._check_log_probs(output, policy)
             self._log(token_kl(policy, output, self.accelerator))
-        log_policy, _, log_prior = (by_pairs(each) for each in sequence_log_probs(output, policy).unbind(dim=1))
-        known = ~output["preference"].isnan()
-        terms = PairTerms(log_prior, output["preference"].nan_to_num(nan=0.5), known)
-        self._log(generation_metrics(output | terms._asdict(), log_policy - log_prior, log_policy, self.accelerator))
+        log_policy = by_pairs(sequence_log_probs(output, policy)[:, 0])
+        terms = pair_terms(output)
+        log_ratio = log_policy - terms.log_prior
+        self._log(generation_metrics(output | terms._asdict(), log_ratio, log_policy, self.accelerator))
         factors = self.estimator.pairwise.factors(log_policy, terms, self._alpha)
         advantages = self.accelerator.gather(-factors.flatten())
         show_advantages(cast("deque[float]", self._logs["advantages"]), advantages)
@@ -249,7 +248,11 @@ class PreferenceTrainer(PosteriorTrainer):
             model, **scorer_inputs(batch), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
         log_policy = (logps * batch["completion_mask"]).sum(dim=1).view(2, -1).T  # (M, 2)
-        terms = PairTerms(*(inputs[name] for name in PairTerms._fields))
+        if "row" in inputs:
+            with torch.no_grad():
+                self._posterior_terms(generated_batch(inputs), in_generated_order(logps.detach(), inputs))
+            del inputs["row"]  # a second look at the same batch logs nothing of it again
+        terms = pair_terms(inputs)
         parts = self.estimator.pairwise.losses(log_policy, terms, self._alpha)
         loss = (parts[0] + parts[1]).mean()
         if self.aux_loss_enabled:
