@@ -462,7 +462,12 @@ def test_with_a_judge_rewards_are_logged_only(make: Make, prior: Prior) -> None:
         ({"alpha": math.nan}, "`alpha=nan` must be"),
         ({"alpha": "1"}, "`alpha='1'` must be"),
         ({"ordering": "best"}, "Unknown `ordering='best'`: use one of"),
-        ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty=-1.0` must be positive"),
+        ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty=-1.0` must be a positive number"),
+        ({"missing_eos_penalty": "1"}, "`missing_eos_penalty='1'` must be a positive number"),
+        ({"beta": [0.1, 0.2]}, r"`beta=\[0.1, 0.2\]` must be one number"),
+        ({"beta": "0.1"}, "`beta='0.1'` must be one number"),
+        ({"beta": -1.0}, "`beta=-1.0` is not a temperature"),
+        ({"mask_truncated_completions": True}, "`mask_truncated_completions=True` would leave out one completion"),
         ({"partition": "running"}, "`partition='running'` has no use here"),
         ({"target": "constraint"}, "leave `target` unset, or use KLRLTrainer"),
         ({"beta": 0.0}, "`beta=0` has no posterior"),
@@ -481,10 +486,21 @@ def test_alpha_is_a_number_or_several(alpha: Any, tmp_path: Path) -> None:
     assert args.alpha_of(0.99) == args.alpha[0] and args.alpha_of(7.3) == args.alpha[-1]
 
 
+async def asks_later(prompts: list[str], pairs: list[list[str]]) -> list[float]:
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"judge": "gpt"}, TypeError, "`judge` must be a callable"),
+        ({"judge": lambda: 0}, TypeError, r"cannot be called as `judge\(prompts, pairs\)` \(too many"),
+        ({"judge": lambda prompts, pairs, answer: 0}, TypeError, r"\(missing a required argument: 'answer'\): take"),
+        ({"judge": asks_later}, TypeError, "`judge` is a coroutine function"),
+        ({"reward_funcs": None}, ValueError, "Somebody must say which .* give `reward_funcs` or `judge`"),
+        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, ValueError, r"no column 'prompt': it has \['text'\]"),
+        ({"train_dataset": Dataset.from_dict({"prompt": []})}, ValueError, "The data has no rows"),
+        ({"eval_dataset": {"x": TASK.dataset(2).to_iterable_dataset()}}, ValueError, "data set that is not streamed"),
         ({"tools": [print]}, ValueError, "`tools` would write others into them"),
         ({"rollout_func": print}, ValueError, "`rollout_func` would write others into them"),
         ({"target": "tilt"}, ValueError, "XPOTrainer makes its target from its configuration"),
@@ -502,11 +518,6 @@ def test_a_penalty_has_nothing_to_be_subtracted_from(make: Make) -> None:
         make({"missing_eos_penalty": 1.0}, model="no-such-model", judge=lambda prompts, pairs: [0.5] * len(pairs))
 
 
-def test_neither_rewards_nor_a_judge(make: Make) -> None:
-    with pytest.raises(ValueError, match="No reward source"):
-        make(reward_funcs=None)
-
-
 def test_a_prior_of_its_own_cannot_be_sampled(make: Make, prior: Prior) -> None:
     with pytest.raises(ValueError, match="needs samples of the prior.*leave `prior_model_name_or_path` unset"):
-        make({"prior_model_name_or_path": prior.path})
+        make({"prior_model_name_or_path": prior.path}, model="no-such-model")

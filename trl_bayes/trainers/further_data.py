@@ -13,9 +13,16 @@ def known_data(trainer: Any) -> list[Any]:
     Raises:
         ValueError: one of them cannot be trained or evaluated on; one sentence.
     """
-    found = [each for each in (trainer.train_dataset, *_each(trainer.eval_dataset)) if each is not None]
+    found = all_data(trainer.train_dataset, trainer.eval_dataset)
     refuse_data(trainer, found)
+    if trainer.target.needs_prior_samples or trainer.partition.needs_prior_samples:
+        trainer.target.warn_of_too_few_samples(trainer.args.num_prior_samples)
     return found
+
+
+def all_data(train_dataset: Any, eval_dataset: Any) -> list[Any]:
+    """The data sets that a trainer is given, each of several that are evaluated on by itself."""
+    return [each for each in (train_dataset, *_each(eval_dataset)) if each is not None]
 
 
 def rows_of(trainer: Any) -> RowsOfData:

@@ -20,7 +20,7 @@ from ..prior import Draw, KeptCompletions
 from ..targets import Target, build_target
 from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
 from .checkpoints import check_same_run, read_state, run_identity, save_state
-from .further_data import known_data, learn_of_further_data, rows_of
+from .further_data import all_data, known_data, learn_of_further_data, rows_of
 from .learning_from_prior import GIVEN, REWARDS, as_draw, collect, fit, prior_samples_of, unrecorded
 from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
@@ -29,6 +29,7 @@ from .posterior_config import PosteriorConfig
 from .prior import make_exact, prior_of_its_own
 from .refusals import (
     check_arguments,
+    refuse_data_early,
     refuse_inexact_model_defaults,
     refuse_infinite_divergence,
     refuse_infinite_potential,
@@ -106,6 +107,8 @@ class PosteriorTrainer(GRPOTrainer):
         self.target = build_target(args.target if target is None else target, args.beta or None)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
+        data = all_data(train_dataset, eval_dataset)
+        refuse_data_early(self.target, self.partition, args, data, environment_factory is not None)
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,

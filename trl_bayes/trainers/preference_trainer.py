@@ -13,7 +13,7 @@ from ..targets import Target
 from ..targets.base import weighted_sum
 from .batches import row_hashes, scorer_inputs, sequence_log_probs
 from .further_data import rows_of
-from .judge import Judge, ask
+from .judge import Judge, ask, refuse_uncallable
 from .learning_from_prior import GIVEN, REWARDS, collect, fit, prior_samples_of
 from .metrics import show_advantages, token_kl
 from .pairs import (
@@ -105,7 +105,7 @@ class PreferenceTrainer(PosteriorTrainer):
         judge: Judge | None = None,
     ):
         refuse_other_tokens(tools, rollout_func, environment_factory)
-        refuse_judge(judge, args)
+        refuse_judge(judge, reward_funcs, args)
         self.judge, self._has_rewards = judge, judge is None or reward_funcs is not None
         super().__init__(
             model=model,
@@ -279,7 +279,7 @@ def refuse_other_tokens(tools: Any, rollout_func: Any, environment_factory: Any)
         )
 
 
-def refuse_judge(judge: Any, args: Any) -> None:
+def refuse_judge(judge: Any, reward_funcs: Any, args: Any) -> None:
     """
     Refuses a judge that cannot be called, or a penalty that it leaves nothing to subtract from.
 
@@ -287,9 +287,10 @@ def refuse_judge(judge: Any, args: Any) -> None:
         TypeError, ValueError: one sentence.
     """
     if judge is None:
+        if reward_funcs is None:
+            raise ValueError("Somebody must say which completion of a pair is better: give `reward_funcs` or `judge`.")
         return
-    if not callable(judge):
-        raise TypeError(f"`judge` must be a callable `judge(prompts, pairs)`, got {type(judge).__name__}.")
+    refuse_uncallable(judge)
     if args is not None and args.missing_eos_penalty is not None:
         raise ValueError(
             "`missing_eos_penalty` is subtracted from rewards, and a judge orders the pairs without them: leave it "
