@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, concatenate_datasets, load_dataset
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
@@ -20,7 +21,7 @@ from .arguments import Arguments
 from .demonstration_data import check_tokens, cut, load_demonstrations, split_held_out
 from .demonstration_recipe import CloneArguments, DemonstrationRecipe
 from .models import find_config, find_tokenizer, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, StageError, is_first, wait_for_all
+from .stages import Stage, StageError, is_first, on_its_own, wait_for_all
 
 
 FLOOR = "prior_demonstrations.jsonl"
@@ -93,12 +94,15 @@ def refuse_cut(trainer: SFTTrainer, given: Sequence[Dataset], max_length: int | 
 
 
 def release_memory() -> None:
-    """What a stage has used, before the next begins."""
+    """What a stage has used, before the next begins; which may set up DeepSpeed in another way."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
+@on_its_own()
 def draw_floor(file: Path, args: CloneArguments, model: ModelConfig, training: Any, rows: Dataset) -> None:
     """
     Completions of the prior that are cloned like demonstrations: a floor under what the clone may exclude.
@@ -161,6 +165,7 @@ def _tokens(prepared: Dataset) -> list[tuple[list[int], list[int]]]:
     return pairs
 
 
+@on_its_own()
 def measure(
     folder: Path, model: ModelConfig, training: Any, tokens: Sequence[tuple[list[int], list[int]]]
 ) -> Estimate:
@@ -192,11 +197,6 @@ def check_clone(recipe: DemonstrationRecipe) -> tuple[Dataset, Dataset, str]:
     if model.model_name_or_path is None:
         raise ValueError(
             "`model_name_or_path` is missing in the section `clone`: name the model that learns to clone."
-        )
-    if training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3:
-        raise ValueError(
-            "`demo-rl` does not run under ZeRO-3, where no process can load the prior alone to draw the floor: launch "
-            "it with `--accelerate_config ddp`."
         )
     if training.packing:
         raise ValueError(

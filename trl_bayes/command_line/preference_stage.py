@@ -18,7 +18,7 @@ from .cloning import load_jsonl, release_memory, write_rows
 from .demonstration_data import load_preferences, tokenized
 from .demonstration_recipe import DemonstrationRecipe, PreferenceArguments
 from .models import find_config, find_tokenizer, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, StageError, is_first, wait_for_all
+from .stages import Stage, StageError, is_first, on_its_own, wait_for_all
 
 
 PREFERENCES = "preferences.jsonl"
@@ -112,6 +112,7 @@ def train_reward(
     return {"pairs": len(preferences), "accuracy": accuracies[-1] if accuracies else None}
 
 
+@on_its_own()
 def draw_preferences(
     file: Path, args: PreferenceArguments, model: ModelConfig, training: Any, clone: Path, prompts: list[Any]
 ) -> None:
