@@ -6,14 +6,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from trl_bayes import cli
 from trl_bayes.command_line.demonstration_recipe import DemonstrationArguments
@@ -184,6 +183,25 @@ def test_goes_on_where_it_was_interrupted(recipe: dict[str, Any], monkeypatch: p
     assert same("out/clone", "whole/clone") and same("out/rl", "whole/rl")
 
 
+def test_adapters_are_cloned_into_and_trained_on_by_xpo(recipe: dict[str, Any]) -> None:
+    """The clone is an adapter, and start and prior of one more: stage 2 trains it on and keeps it as it was."""
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "learning_rate": 0.05}
+    recipe["clone"] |= lora
+    recipe["rl"] |= {
+        "trainer": "XPOTrainer",
+        "num_prior_samples": 4,
+        "beta": 0.3,
+        "learning_rate": 0.05,
+        "max_steps": 3,
+    }
+    run(recipe)
+    for stage in ("clone", "rl"):
+        assert Path("out", stage, "adapter_model.safetensors").is_file() and record(stage)["finished"]
+    logs = [log for log in json.loads(Path("out/rl/trainer_state.json").read_text())["log_history"] if "loss" in log]
+    assert logs[0]["objective/kl"] == pytest.approx(0, abs=1e-4)  # at the clone, the prior of this stage
+    assert logs[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-4) and logs[-1]["objective/kl"] > 1e-3
+
+
 def test_fits_a_reward_to_preferences_in_between(recipe: dict[str, Any], refusal: Refused) -> None:
     recipe["reward"] = {
         "preference_funcs": [f"{MODULE}.vowels", {"name": "length_in", "unit": "characters"}],
@@ -344,10 +362,3 @@ def test_no_beta_follows_is_one_sentence(recipe: dict[str, Any], refusal: Refuse
     stages["clone"].begin()
     stages["clone"].finish({"cross_entropy": {"value": 9.5}})
     assert "KL(expert||clone) is measured as -0.5, from which no `beta` follows" in refusal("demo-rl", recipe)
-
-
-def test_zero_3_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would wait for ever."""
-    plugin = SimpleNamespace(zero_stage=3)
-    monkeypatch.setattr(SFTConfig, "deepspeed_plugin", property(lambda self: plugin, lambda self, value: None), False)
-    assert "does not run under ZeRO-3" in refused("clone", {})
