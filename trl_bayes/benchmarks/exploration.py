@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -262,7 +262,7 @@ def figure(tasks: Sequence[Task], runs: Sequence[Run]) -> bytes:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_ylim(1e-3, 300)  # below that all are equally good
-            place = {"loc": "upper left", "bbox_to_anchor": (-0.1, -0.2), "ncols": 2}
+            place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.1, -0.2), "ncols": 2}
             finish(axes, f"{task.name}: {title}", "completions drawn", "KL(p‖π), nats", **place)
 
     return panels(draw, len(kinds), max(1, len(tasks)), height=4.4)

@@ -213,5 +213,5 @@ def check_clone(recipe: DemonstrationRecipe) -> tuple[Dataset, Dataset, str]:
     rows = load_demonstrations(args)
     _, held_out = split_held_out(rows, args.held_out, training.seed)
     if training.chat_template_path is None:  # else the tokenizer is not yet what it will be
-        check_tokens(rows, find_tokenizer(name, loading_arguments(model, training)), training.max_length)
+        check_tokens(rows, find_tokenizer(name, loading_arguments(model, cast(Any, training))), training.max_length)
     return rows, held_out, name

@@ -29,7 +29,7 @@ from .posterior_config import PosteriorConfig
 from .prior import make_exact, prior_of_its_own
 from .refusals import (
     check_arguments,
-    refuse_data_early,
+    refuse_early,
     refuse_inexact_model_defaults,
     refuse_infinite_divergence,
     refuse_infinite_potential,
@@ -107,8 +107,7 @@ class PosteriorTrainer(GRPOTrainer):
         self.target = build_target(args.target if target is None else target, args.beta or None)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
-        data = all_data(train_dataset, eval_dataset)
-        refuse_data_early(self.target, self.partition, args, data, environment_factory is not None)
+        refuse_early(self, args, all_data(train_dataset, eval_dataset), bool(environment_factory))
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,
@@ -298,7 +297,7 @@ class PosteriorTrainer(GRPOTrainer):
     def evaluate(self, eval_dataset: EvalDataset | str | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation, on any data: what must be known of its prompts is learned first, if it still can be."""
         learn_of_further_data(self, eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        return super().evaluate(cast(Any, eval_dataset), *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------------------------
     # Metrics

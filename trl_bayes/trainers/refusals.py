@@ -111,7 +111,7 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
     """
     refuse_same_names(trainer.reward_func_names)
     writes_prompts = trainer.environment_factories is not None
-    refuse_data_early(trainer.target, trainer.partition, trainer.args, datasets, writes_prompts)
+    refuse_early(trainer, trainer.args, datasets, writes_prompts)
     for dataset in datasets:
         if not writes_prompts and isinstance(dataset, Dataset):
             check_prompts(
@@ -123,13 +123,13 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
             )
 
 
-def refuse_data_early(
-    target: Target, partition: Partition, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool
-) -> None:
+def refuse_early(trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool) -> None:
     """
     What can be said of the data before a model is loaded: that it has prompts, and that their prior can be sampled.
 
-    Arguments as of [`refuse_unsampled_prior`].
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): that has its target and its partition.
+        args ([`PosteriorConfig`]), datasets (`Sequence`), writes_prompts (`bool`): as of [`refuse_unsampled_prior`].
 
     Raises:
         ValueError: one sentence.
@@ -140,7 +140,7 @@ def refuse_data_early(
             raise ValueError(f"The data has no column 'prompt': it has {columns}.")
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError("The data has no rows: give at least one prompt.")
-    refuse_unsampled_prior(target, partition, args, datasets, writes_prompts)
+    refuse_unsampled_prior(trainer.target, trainer.partition, args, datasets, writes_prompts)
 
 
 def warn_of_settings(args: PosteriorConfig) -> None:
