@@ -71,6 +71,8 @@ def test_jobs_are_problems_by_trainers_by_seeds() -> None:
     assert len(replay) == (3 + 3) + 2  # on letters each trainer has a divergence of its own, and a limit
     large = jobs(ExactArguments(problems=["hard-20k"], methods=["replay"], seeds=[0], largest_limit=20_000))
     assert len(large) == 2 + 2
+    pairs = jobs(ExactArguments(problems=["letters"], methods=["XPO"], seeds=[0, 1], samples=102_400))
+    assert [job.args[1].name for job in pairs[1:]] == ["XPO, all pairs"] * 2 + ["XPO, fresh pairs"] * 2  # type: ignore[attr-defined]
     assert jobs(ExactArguments(device="cuda"))[0].keywords["use_cpu"] is False  # type: ignore[attr-defined]
 
 
@@ -92,6 +94,7 @@ def test_refusals() -> None:
     for fields, sentence in (
         ({"problems": ["leters"]}, r"'leters' is not one of letters, bigrams, balance, hard-20k, hard-100k \(did you"),
         ({"problems": ["hard-20k"], "methods": ["KLRL"]}, "no trainer's name has 'KLRL' in it"),
+        ({"problems": ["hard-20k"], "methods": ["XPO"]}, "no trainer's name has 'XPO' in it"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ExactArguments(**fields)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_bayes.benchmarks.exact_training import problems, train, trainers
+from trl_bayes.benchmarks.exact_training import preferring, problems, train, trainers
 
 
 def test_budgets() -> None:
@@ -20,13 +20,16 @@ def test_both_of_trls_trainers_are_on_every_problem() -> None:
         assert ("KLRLTrainer" in names) is not problem.target.hard
 
 
-@pytest.mark.parametrize(("problem", "name"), [("letters", "DPGTrainer"), ("hard-20k", "TRL RLOOTrainer")])
+@pytest.mark.parametrize(
+    ("problem", "name"), [("letters", "DPGTrainer"), ("hard-20k", "TRL RLOOTrainer"), ("letters", "XPO, all pairs")]
+)
 def test_a_run_ends_where_its_curve_ends(problem: str, name: str) -> None:
     """Two steps: from the prior's own divergence, known by enumeration, towards the posterior."""
     torch.set_num_threads(1)
     chosen = problems()[problem]
-    setup = next(setup for setup in trainers(chosen) if setup.name == name)
-    run = train(chosen, setup, seed=1, evaluate_at=[0, 2], max_steps=2)
+    setup = next(setup for setup in [*trainers(chosen), *preferring(chosen)] if setup.name == name)
+    fewer = {"num_prior_samples": 4} if "XPO" in name else {}
+    run = train(chosen, setup, seed=1, evaluate_at=[0, 2], max_steps=2, **fewer)
     batch = 256 if problem == "letters" else 32
     assert [point.samples for point in run.curve] == [0, 2 * batch] and run.samples == 2 * batch
     start, end = (point.value for point in run.curve)

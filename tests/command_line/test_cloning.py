@@ -11,8 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
-from trl_bayes.command_line.cloning import distinct_prompts, refuse_cut, split_held_out, with_floor
-from trl_bayes.command_line.preference_stage import pairs, tokenized
+from trl_bayes.command_line.cloning import refuse_cut, with_floor
+from trl_bayes.command_line.demonstration_data import distinct_prompts, split_held_out, tokenized
+from trl_bayes.command_line.preference_stage import pairs
 from trl_bayes.command_line.stages import StageError
 from trl_bayes.language_models.completions import Completions
 
@@ -31,14 +32,14 @@ def test_preferences_are_read_as_the_policy_will_be(chat_tokenizer: PreTrainedTo
         return chat_tokenizer(text=text, add_special_tokens=False)["input_ids"]
 
     rows = Dataset.from_list([{"prompt": "say", "chosen": " yes", "rejected": " no"}])
-    assert tokenized(rows, chat_tokenizer).to_list() == [
+    assert tokenized(rows, chat_tokenizer, None).to_list() == [
         {"chosen_ids": plain("say yes"), "rejected_ids": plain("say no")}
     ]
     said = [{"role": "assistant", "content": "yes"}]
     question = [{"role": "user", "content": "say"}]
     rows = Dataset.from_list([{"prompt": question, "chosen": said, "rejected": said}])
     text = apply_chat_template({"messages": question + said}, chat_tokenizer)["text"]
-    assert tokenized(rows, chat_tokenizer)["chosen_ids"][0] == plain(text)
+    assert tokenized(rows, chat_tokenizer, None)["chosen_ids"][0] == plain(text)
 
 
 def test_pairs_put_the_better_one_first_and_leave_ties_out() -> None:

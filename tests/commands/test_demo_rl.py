@@ -6,14 +6,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from trl_bayes import cli
 from trl_bayes.command_line.demonstration_recipe import DemonstrationArguments
@@ -184,7 +183,26 @@ def test_goes_on_where_it_was_interrupted(recipe: dict[str, Any], monkeypatch: p
     assert same("out/clone", "whole/clone") and same("out/rl", "whole/rl")
 
 
-def test_fits_a_reward_to_preferences_in_between(recipe: dict[str, Any]) -> None:
+def test_adapters_are_cloned_into_and_trained_on_by_xpo(recipe: dict[str, Any]) -> None:
+    """The clone is an adapter, and start and prior of one more: stage 2 trains it on and keeps it as it was."""
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "learning_rate": 0.05}
+    recipe["clone"] |= lora
+    recipe["rl"] |= {
+        "trainer": "XPOTrainer",
+        "num_prior_samples": 4,
+        "beta": 0.3,
+        "learning_rate": 0.05,
+        "max_steps": 3,
+    }
+    run(recipe)
+    for stage in ("clone", "rl"):
+        assert Path("out", stage, "adapter_model.safetensors").is_file() and record(stage)["finished"]
+    logs = [log for log in json.loads(Path("out/rl/trainer_state.json").read_text())["log_history"] if "loss" in log]
+    assert logs[0]["objective/kl"] == pytest.approx(0, abs=1e-4)  # at the clone, the prior of this stage
+    assert logs[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-4) and logs[-1]["objective/kl"] > 1e-3
+
+
+def test_fits_a_reward_to_preferences_in_between(recipe: dict[str, Any], refusal: Refused) -> None:
     recipe["reward"] = {
         "preference_funcs": [f"{MODULE}.vowels", {"name": "length_in", "unit": "characters"}],
         "preference_weights": [1.0, -0.01],
@@ -194,7 +212,10 @@ def test_fits_a_reward_to_preferences_in_between(recipe: dict[str, Any]) -> None
         **COMMON,
     }
     del recipe["rl"]["reward_funcs"]
-    run(recipe, "--rl.max_steps", "1", "--rl.beta=0.3")
+    flags = ["--rl.max_steps", "1", "--rl.beta=0.3"]
+    words = refusal("demo-rl", recipe, *flags, "--reward.max_length", "4")  # when pairs have been drawn
+    assert "`max_length=4` in the section `reward` leaves out" in words and not record("reward")["finished"]
+    run(recipe, *flags, "--overwrite")
     pairs = [json.loads(row) for row in Path("out/reward/preferences.jsonl").read_text().splitlines()]
     assert 0 < len(pairs) <= 24 and record("reward")["figures"]["pairs"] == len(pairs)
     for pair in pairs:
@@ -239,6 +260,10 @@ def refused(recipe: dict[str, Any], refusal: Refused, monkeypatch: pytest.Monkey
         ("clone", {"held_out": -1}, "`held_out=-1.0` is neither a share nor a number"),
         ("clone", {"prior_demonstrations": -1}, "`prior_demonstrations` must be at least 0"),
         ("clone", {"packing": True}, "`packing`"),
+        ("clone", {"assistant_only_loss": True}, "`assistant_only_loss` in the section `clone` would clone other"),
+        ("clone", {"completion_only_loss": False}, "`completion_only_loss` in the section `clone` would clone other"),
+        ("clone", {"max_length": 4}, "`max_length=4` in the section `clone` cuts some demonstrations: set it to null"),
+        ("rl", {"trainer": "XPOTrainer", "num_generations": 3}, "`num_generations=3` is odd"),
         ("clone", {"dataset_name": None}, "`dataset_name` is missing in the section `clone`"),
         ("clone", {"dataset_train_split": "trian"}, "has no split 'trian' (did you mean 'train'?)"),
         ("clone", {"model_name_or_path": "no/model"}, "the model 'no/model' cannot be loaded"),
@@ -255,16 +280,46 @@ def test_bad_sections(refused: Refused, section: str, changes: dict[str, Any] | 
     assert not Path("out").exists()
 
 
+QUESTION, ANSWER = [{"role": "user", "content": "say"}], [{"role": "assistant", "content": "yes"}]
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
         ([{"prompt": "a", "answer": "b"}], "have no column 'completion': they have ['prompt', 'answer']"),
+        ([{"messages": QUESTION + ANSWER}], "they have ['messages'], so split each conversation into `completion`"),
         ([{"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}], "is None, with the prompt 'a'"),
+        ([{"prompt": "a", "completion": ANSWER}], "with the prompt 'a': make both texts, or both lists of messages"),
+        ([{"prompt": QUESTION, "completion": []}], "is []: make it one message with the role 'assistant' and a text"),
+        ([{"prompt": QUESTION, "completion": QUESTION}], "make it one message with the role 'assistant' and a text"),
+        ([{"prompt": QUESTION, "completion": ["yes"]}], "is ['yes']: make it one message with the role 'assistant'"),
+        ([{"prompt": QUESTION, "completion": ANSWER, "tools": "[]"}], "have a column 'tools', with which the stages"),
+        ([{"completion": "b"}], "The prompt '' has no tokens"),
+        ([], "cannot be loaded (a file is empty)"),
     ],
 )
 def test_bad_demonstrations(refused: Refused, rows: list[dict[str, Any]], words: str) -> None:
     write("bad.jsonl", rows)
     assert words in refused("clone", {"dataset_name": "bad.jsonl", "held_out": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"prompt": "a", "chosen": "b"}], "have no column 'rejected': they have ['prompt', 'chosen']"),
+        ([{"prompt": "a", "chosen": ANSWER, "rejected": ANSWER}], "make both texts, or both lists of messages"),
+        ([{"chosen": "a", "rejected": None}, {"chosen": "a", "rejected": "b"}], "is None: make it a text, or a list"),
+        ([{"prompt": "", "chosen": "", "rejected": "b"}], "1 of 1 preferences have a text without tokens"),
+        (
+            [{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "b" * 30}],
+            "`max_length=20` in the section `reward` leaves out 1 of 2 preferences, of which the longest has 30",
+        ),
+    ],
+)
+def test_bad_preferences(refused: Refused, rows: list[dict[str, Any]], words: str) -> None:
+    """`RewardTrainer` leaves out what is longer, without a word."""
+    write("bad.jsonl", rows)
+    assert words in refused("reward", {"dataset_name": "bad.jsonl", "max_length": 20, **COMMON})
 
 
 def test_an_empty_section_and_an_unknown_one(recipe: dict[str, Any], refusal: Refused) -> None:
@@ -307,10 +362,3 @@ def test_no_beta_follows_is_one_sentence(recipe: dict[str, Any], refusal: Refuse
     stages["clone"].begin()
     stages["clone"].finish({"cross_entropy": {"value": 9.5}})
     assert "KL(expert||clone) is measured as -0.5, from which no `beta` follows" in refusal("demo-rl", recipe)
-
-
-def test_zero_3_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would wait for ever."""
-    plugin = SimpleNamespace(zero_stage=3)
-    monkeypatch.setattr(SFTConfig, "deepspeed_plugin", property(lambda self: plugin, lambda self, value: None), False)
-    assert "does not run under ZeRO-3" in refused("clone", {})

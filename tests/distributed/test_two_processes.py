@@ -27,15 +27,16 @@ Results = list[dict[str, Any]]  # one for each process
 Launched = Callable[..., Any]
 
 PER_COMPLETION = ("advantages", "log_z", "baseline", "log_target", "log_proposal", "usable")
+PER_PAIR = ("log_prior", "preference", "usable")
 # Not the same run to run, or (micro-batches are averaged) not the same for other micro-batches
 TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 EVALUATION_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 AVERAGED_OVER_MICRO_BATCHES = {"dpg": ("entropy",)}
 
 
-def joined(results: Results, number: int, name: str) -> torch.Tensor:
-    """A quantity of all processes' fresh completions, in the order of the batch."""
-    return torch.cat([result["batches"][number][name][: BATCH // len(results)] for result in results])
+def joined(results: Results, number: int, name: str, rows: int = BATCH) -> torch.Tensor:
+    """A quantity of all fresh completions (or pairs of them: half as many rows), in the order of the batch."""
+    return torch.cat([result["batches"][number][name][: rows // len(results)] for result in results])
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5, **options: Any) -> None:
@@ -137,8 +138,9 @@ def test_groups_that_span_processes(launched: Launched, backend: str, scripted: 
     assert len(one["batches"]) == len(results[0]["batches"]) >= 4
     for number, batch in enumerate(one["batches"]):
         assert batch["prompts"] == [prompt for result in results for prompt in result["batches"][number]["prompts"]]
-        for name in PER_COMPLETION:
-            close(joined(results, number, name), batch[name][:BATCH], equal_nan=True)
+        names, rows = (PER_PAIR, BATCH // 2) if scripted.startswith("xpo") else (PER_COMPLETION, BATCH)
+        for name in names:
+            close(joined(results, number, name, rows), batch[name][:rows], equal_nan=True)
         if "prompt_key" in batch:
             close(joined(results, number, "prompt_key"), batch["prompt_key"][:BATCH])
 
@@ -158,20 +160,22 @@ def test_running_evidence_agrees(launched: Launched, backend: str, case: str) ->
         assert result["num_tokens"] == one["num_tokens"]
 
 
-@pytest.mark.parametrize("case", ["tb", "dpg_replay"])
+@pytest.mark.parametrize("case", ["tb", "dpg_replay", "xpo"])
 def test_replay_of_all_processes_is_that_of_one(launched: Launched, backend: str, case: str) -> None:
     """Each keeps its own completions: together they are what one process keeps, each once."""
     (one,), results = launched("one")(case), launched(backend)(case)
     kept = [result["posterior_state"]["replay_buffer"]["rows"] for result in results]
     expected = one["posterior_state"]["replay_buffer"]["rows"]
-    assert [len(rows) for rows in kept] == [BATCH // 2] * 2
+    number = BATCH // 2 if case == "xpo" else BATCH  # pairs
+    assert [len(rows) for rows in kept] == [number // 2] * 2
     for row, expected_row in zip(kept[0] + kept[1], expected, strict=True):
         assert row.keys() == expected_row.keys()
         for name, value in row.items():
             close(value, expected_row[name])
     for result in [one, *results]:
-        share = BATCH // (1 if result is one else 2)
-        assert [len(batch["usable"]) for batch in result["batches"]] == [share, *[2 * share] * 3]
+        share = number // (1 if result is one else 2)
+        sizes = [len(batch["usable"]) for batch in result["batches"] if batch["is_training"]]
+        assert sizes == [share, *[2 * share] * 3]
 
 
 def learned(result: dict[str, Any]) -> list[dict[str, Any]]:

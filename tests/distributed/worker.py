@@ -61,6 +61,8 @@ CALIBRATED: dict[str, Any] = {
     "partition": "prior_samples",
     "num_prior_samples": 24,
 }
+# Half of a batch is pairs, all of which are replayed
+PAIRS: dict[str, Any] = {"alpha": 0.1, "num_prior_samples": CALIBRATED["num_prior_samples"]}
 
 
 def some_a(completions: list[str], **kwargs: Any) -> list[float | None]:
@@ -98,6 +100,9 @@ CASES: dict[str, Case] = {
     "dpg_replay": Case("dpg", REPLAYS),
     "lora": Case("f_dpg", {"learning_rate": 0.1}, lora=True),  # its second factor begins at zero
     "calibrated": Case("f_dpg", CALIBRATED, shares_prior_samples=True),
+    # Of the scripted completions every second one is taken for the prior's
+    "xpo": Case("xpo", {**PAIRS, "replay_buffer_size": BATCH // 2}, evaluates=True, shares_prior_samples=True),
+    "xpo_fresh": Case("xpo", {**PAIRS, "replay_buffer_size": 0}, shares_prior_samples=True),
     "bf16": Case("kl_rl", {"bf16": True, "gradient_checkpointing": True}),
     "uneven": Case("dpg", {**REPLAYS, "target": "constraint"}, reward=some_a),  # the buffers fill at their own pace
     "draws": Case("f_dpg", CALIBRATED, is_scripted=False),

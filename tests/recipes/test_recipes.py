@@ -30,7 +30,7 @@ from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 ROOT = Path(__file__).parents[2]
 # Of a single training; those of `demo-rl` have sections, and a test of their own
 OF_STAGES = "demonstrations"
-SMOLLM2 = [path for path in ROOT.glob("recipes/smollm2/*/*.yaml") if path.name != "methods.yaml"]
+SMOLLM2 = [path for path in ROOT.glob("recipes/smollm2/*/*.yaml") if path.name not in ("methods.yaml", "demo_rl.yaml")]
 RECIPES = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("recipes/*/*.yaml"), *SMOLLM2] if path.parent.name != OF_STAGES
 )
@@ -76,7 +76,7 @@ def launches(readme: Path) -> list[Launch]:
 
 
 LAUNCHES = list(
-    dict.fromkeys(launch for readme in READMES if readme.parent.name != OF_STAGES for launch in launches(readme))
+    dict.fromkeys(launch for readme in READMES for launch in launches(readme) if launch.command != "demo-rl")
 )
 
 

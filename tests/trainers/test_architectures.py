@@ -4,6 +4,7 @@ Prompts of one, two and three tokens in one batch, so that padding matters. The 
 about where training ends.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,26 @@ def test_samples_of_the_prior_that_are_kept(architecture: str, folders: dict[str
             log_probs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(dim=1)
         expected = log_probs.gather(1, torch.tensor(row["completion_ids"])[:, None]).sum().item()
         assert row["log_prior"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"replay_buffer_size": 0}], ids=["before", "by_the_update"])
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "mixtral"])
+def test_both_completions_of_a_pair(
+    architecture: str, settings: dict[str, Any], folders: dict[str, str], make: Make
+) -> None:
+    """XPO's, of which one is a sample of the prior that was kept; at the prior the loss is that of a coin, log 2."""
+    trainer = make(architecture, "xpo", num_prior_samples=4, **settings)
+    batches = keep_batches(trainer)
+    trainer.train()
+    (batch,) = batches
+    model = AutoModelForCausalLM.from_pretrained(folders[architecture])
+    of_prior = {f"completion_{name}": batch[f"prior_completion_{name}"] for name in ("ids", "mask")}
+    expected = torch.stack([plain_log_probs(model, batch), plain_log_probs(model, batch | of_prior)], dim=1)  # (M, 2)
+    torch.testing.assert_close(batch["log_prior"], expected, rtol=0, atol=1e-4)
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert log["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert log["logps/chosen"] + log["logps/rejected"] == pytest.approx(expected.sum(dim=1).mean().item(), abs=1e-4)
 
 
 # --- the check before the first update -------------------------------------------------------------------------------

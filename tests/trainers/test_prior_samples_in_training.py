@@ -768,7 +768,7 @@ def test_evaluation_before_training_draws_and_changes_nothing(
 def test_evaluation_on_prompts_that_were_not_sampled_is_refused(make: Make) -> None:
     trainer = make("f_dpg", TILT, {"partition": "prior_samples"})
     trainer.train()
-    with pytest.raises(ValueError, match="1 of 1 prompts have no prior samples: draw them"):
+    with pytest.raises(ValueError, match="has been trained since: give the trainer all data as `train_dataset`"):
         trainer.evaluate(Dataset.from_dict({"prompt": ["e e"]}))
 
 

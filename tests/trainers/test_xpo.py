@@ -23,7 +23,7 @@ from trl_bayes import XPOConfig, XPOTrainer
 from trl_bayes.benchmarks.enumeration import compare, exact_posterior, mean_fit
 from trl_bayes.benchmarks.exact_training import train_on
 from trl_bayes.benchmarks.tiny import EnumerableTask, letter_count_task
-from trl_bayes.trainers.pairs import batch_of_pairs
+from trl_bayes.trainers.pairs import batch_of_pairs, completions_of, generated_batch, in_generated_order
 
 
 TASK = letter_count_task()
@@ -301,11 +301,68 @@ def test_past_pairs_join_and_survive_a_restart(make: Make, tmp_path: Path) -> No
     assert_same_weights(straight, resumed)
 
 
-def test_fresh_pairs_only(make: Make) -> None:
-    trainer = make({"replay_buffer_size": 0})
+def passes_of(trainer: XPOTrainer) -> list[int]:
+    """Trains; how often the policy scores completions in each step, the drawing of samples of the prior left out."""
+    passes = [0]
+    score, step = trainer._get_per_token_logps_and_entropies, trainer.training_step
+
+    def count(model: Any, *args: Any, **kwargs: Any) -> Any:
+        passes[-1] += model is not trainer.ref_model and trainer._of_prior is not None or torch.is_grad_enabled()
+        return score(model, *args, **kwargs)
+
+    def next_step(*args: Any, **kwargs: Any) -> Any:
+        loss = step(*args, **kwargs)
+        passes.append(0)
+        return loss
+
+    trainer._get_per_token_logps_and_entropies = count  # type: ignore[method-assign]
+    trainer.training_step = next_step  # type: ignore[method-assign]
     trainer.train()
-    assert trainer.replay_buffer is None
-    assert all("posterior/replayed_frac" not in log for log in step_logs(trainer))
+    return passes[:-1]
+
+
+def test_fresh_pairs_only_are_scored_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update's own forward pass says where the policy stands; metrics and weights are those of another before."""
+    settings = {"replay_buffer_size": 0, "alpha": 0.1}
+    once = make(settings)
+    assert passes_of(once) == [1, 1] and once.replay_buffer is None
+    monkeypatch.setattr(XPOTrainer, "_is_scored_by_update", False)
+    twice = make(settings)
+    assert passes_of(twice) == [2, 2]
+    assert_same_weights(once, twice, atol=1e-6)
+    for log, other in zip(once.state.log_history[:-1], twice.state.log_history[:-1], strict=True):
+        names = [name for name in other if not name.endswith(("_time", "runtime", "per_second"))]
+        assert "posterior/replayed_frac" not in log and log.keys() == other.keys()
+        assert [log[name] for name in names] == pytest.approx([other[name] for name in names], abs=1e-5)
+
+
+def test_a_batch_for_several_updates_is_scored_before(make: Make) -> None:
+    assert passes_of(make({"replay_buffer_size": 0, "num_iterations": 2})) == [2, 1]
+
+
+def test_pairs_are_taken_apart_and_put_together_again() -> None:
+    """Shuffled in between, as TRL does."""
+    output = {
+        "prompt_ids": torch.tensor([[0], [0], [1], [1], [2], [2]]),
+        "prompt_mask": torch.ones(6, 1),
+        "completion_ids": torch.arange(12).view(6, 2),
+        "completion_mask": torch.ones(6, 2),
+        "ref_per_token_logps": -torch.arange(12.0).view(6, 2),
+        "rewards": torch.arange(6.0).unsqueeze(1),
+        "preference": torch.tensor([0.1, math.nan, 0.9]),
+        "row": torch.arange(6),
+        "num_items_in_batch": torch.tensor(12),
+    }
+    order = torch.tensor([2, 0, 1])
+    pairs = {name: value[order] for name, value in batch_of_pairs(output).items()}
+    assert pairs["completion_ids"].tolist() == [[8, 9], [0, 1], [4, 5]]
+    assert pairs["prior_rewards"].tolist() == [[5.0], [1.0], [3.0]]
+    again = generated_batch(pairs)
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "ref_per_token_logps", "rewards"):
+        assert torch.equal(again[name], output[name])
+    assert again["usable"].tolist() == [True, False, True]
+    scores = completions_of(pairs, pad_token_id=9)["completion_ids"]
+    assert torch.equal(in_generated_order(scores, pairs), output["completion_ids"])
 
 
 def test_evaluation_compares_with_the_prior_too(make: Make) -> None:
@@ -405,7 +462,12 @@ def test_with_a_judge_rewards_are_logged_only(make: Make, prior: Prior) -> None:
         ({"alpha": math.nan}, "`alpha=nan` must be"),
         ({"alpha": "1"}, "`alpha='1'` must be"),
         ({"ordering": "best"}, "Unknown `ordering='best'`: use one of"),
-        ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty=-1.0` must be positive"),
+        ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty=-1.0` must be a positive number"),
+        ({"missing_eos_penalty": "1"}, "`missing_eos_penalty='1'` must be a positive number"),
+        ({"beta": [0.1, 0.2]}, r"`beta=\[0.1, 0.2\]` must be one number"),
+        ({"beta": "0.1"}, "`beta='0.1'` must be one number"),
+        ({"beta": -1.0}, "`beta=-1.0` is not a temperature"),
+        ({"mask_truncated_completions": True}, "`mask_truncated_completions=True` would leave out one completion"),
         ({"partition": "running"}, "`partition='running'` has no use here"),
         ({"target": "constraint"}, "leave `target` unset, or use KLRLTrainer"),
         ({"beta": 0.0}, "`beta=0` has no posterior"),
@@ -424,10 +486,21 @@ def test_alpha_is_a_number_or_several(alpha: Any, tmp_path: Path) -> None:
     assert args.alpha_of(0.99) == args.alpha[0] and args.alpha_of(7.3) == args.alpha[-1]
 
 
+async def asks_later(prompts: list[str], pairs: list[list[str]]) -> list[float]:
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"judge": "gpt"}, TypeError, "`judge` must be a callable"),
+        ({"judge": lambda: 0}, TypeError, r"cannot be called as `judge\(prompts, pairs\)` \(too many"),
+        ({"judge": lambda prompts, pairs, answer: 0}, TypeError, r"\(missing a required argument: 'answer'\): take"),
+        ({"judge": asks_later}, TypeError, "`judge` is a coroutine function"),
+        ({"reward_funcs": None}, ValueError, "Somebody must say which .* give `reward_funcs` or `judge`"),
+        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, ValueError, r"no column 'prompt': it has \['text'\]"),
+        ({"train_dataset": Dataset.from_dict({"prompt": []})}, ValueError, "The data has no rows"),
+        ({"eval_dataset": {"x": TASK.dataset(2).to_iterable_dataset()}}, ValueError, "data set that is not streamed"),
         ({"tools": [print]}, ValueError, "`tools` would write others into them"),
         ({"rollout_func": print}, ValueError, "`rollout_func` would write others into them"),
         ({"target": "tilt"}, ValueError, "XPOTrainer makes its target from its configuration"),
@@ -445,11 +518,6 @@ def test_a_penalty_has_nothing_to_be_subtracted_from(make: Make) -> None:
         make({"missing_eos_penalty": 1.0}, model="no-such-model", judge=lambda prompts, pairs: [0.5] * len(pairs))
 
 
-def test_neither_rewards_nor_a_judge(make: Make) -> None:
-    with pytest.raises(ValueError, match="No reward source"):
-        make(reward_funcs=None)
-
-
 def test_a_prior_of_its_own_cannot_be_sampled(make: Make, prior: Prior) -> None:
     with pytest.raises(ValueError, match="needs samples of the prior.*leave `prior_model_name_or_path` unset"):
-        make({"prior_model_name_or_path": prior.path})
+        make({"prior_model_name_or_path": prior.path}, model="no-such-model")

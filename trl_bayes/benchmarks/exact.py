@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import Progress
 
 from .enumeration import PolicyFit
-from .exact_training import ExactProblem, ExactRun, problems, replaying, train, trainers
+from .exact_training import ExactProblem, ExactRun, preferring, problems, replaying, train, trainers
 from .figure import TrainingCurves
 from .jobs import in_order
 from .learning_curve import log_spaced
@@ -35,7 +35,8 @@ class ExactArguments(TrainingsArguments):
         largest_limit (`int`, *optional*, defaults to `2000`): completions a prompt up to which the noise-free limit is
             computed. The hard tasks have 19,608, and a step on all of them takes seconds.
 
-    `methods` also names trainers that replay (`--methods replay`); without it they are left out.
+    `methods` also names trainers that replay (`--methods replay`) and XPO (`--methods XPO`); without it they are left
+    out.
     """
 
     problems: list[str] = field(
@@ -79,15 +80,17 @@ def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
 
 
 def _asked_for(problem: ExactProblem, parts: Sequence[str]) -> list[TrainerSetup]:
-    """Trainers by parts of their names, all if there are none; those that replay only where a part says so."""
+    """Trainers by parts of their names, all if there are none; XPO and those that replay only where a part says so."""
+    if not parts:
+        return trainers(problem)
     replay = [part for part in parts if "replay" in part]
     others = [part for part in parts if part not in replay]
-    found = chosen(trainers(problem), others) if others or not replay else []
+    found = chosen([*trainers(problem), *preferring(problem)], others) if others else []
     return [*found, *(chosen(replaying(problem), replay) if replay else [])]
 
 
 def _every(problem: ExactProblem) -> list[TrainerSetup]:
-    return [*trainers(problem), *replaying(problem)]
+    return [*trainers(problem), *replaying(problem), *preferring(problem)]
 
 
 def to_markdown(runs: Sequence[ExactRun], how: str) -> str:

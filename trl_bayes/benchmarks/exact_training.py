@@ -19,6 +19,8 @@ from .. import (
     KLRLTrainer,
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
+    XPOConfig,
+    XPOTrainer,
 )
 from ..targets import Constraint, Target, Tilt
 from ..trainers.posterior_trainer import PosteriorTrainer
@@ -125,6 +127,21 @@ def replaying(problem: ExactProblem) -> list[TrainerSetup]:
     ]
 
 
+def preferring(problem: ExactProblem) -> list[TrainerSetup]:
+    """
+    XPO without its bonus, whose fixed point is the tilt: with pairs that accumulate, and with fresh ones only.
+
+    Half of the completions that it compares are the prior's, taken from 2,000 for each prompt. It has no hard target.
+    """
+    if problem.target.hard:
+        return []
+    without_bonus = {"alpha": 0.0, "num_prior_samples": 2000}
+    return [
+        TrainerSetup("XPO, all pairs", XPOTrainer, XPOConfig, without_bonus),
+        TrainerSetup("XPO, fresh pairs", XPOTrainer, XPOConfig, {**without_bonus, "replay_buffer_size": 0}),
+    ]
+
+
 def default_arguments(task: EnumerableTask) -> dict[str, Any]:
     """Training arguments that reach the posterior of an enumerable task: 400 steps of 256 completions on the CPU."""
     return {
@@ -214,7 +231,7 @@ def train(
         **setup.settings,
         **settings,
     }
-    target = {"target": problem.target} if setup.is_ours else {}
+    target = {"target": problem.target} if setup.takes_target else {}
     with ready_trainer(
         task,
         setup.trainer,

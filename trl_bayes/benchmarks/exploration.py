@@ -4,15 +4,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from rich.progress import Progress
 from torch import Tensor
 
 from ..estimators import PairTerms, PreferenceLoss, bradley_terry
-from .figure import Curve, TrainingCurves
+from ..evaluation.figures import REFERENCE
 from .jobs import quiet
+from .paper_figure import curve, finish, panels
 from .section import Findings, SectionArguments
 
 
@@ -219,26 +221,51 @@ def run(args: ExplorationArguments, progress: Progress) -> Iterator[Findings]:
             for seed in args.seeds:
                 runs.append(run_method(task, method, seed, args.iterations))
                 progress.advance(bar)
-            yield findings(tasks, runs)
+            yield findings(tasks, runs, with_figure=method.name == methods()[-1].name)
 
 
-def findings(tasks: Sequence[Task], runs: Sequence[Run]) -> Findings:
-    """The section's part of the page."""
+def findings(tasks: Sequence[Task], runs: Sequence[Run], with_figure: bool = True) -> Findings:
+    """The section's part of the page; the figure takes as long as some runs."""
     text = (
         f"The prior gives the best completion {BEST:g}. Learned from preferences by XPO's loss in tables of logits, "
         f"{BATCH} pairs and {UPDATES} updates an iteration. Found: runs in which the best completion was ever in a "
         "pair. Solved: those that end with at least half of the probability that the posterior gives it."
     )
     parts = ["## Exploration", text]
-    curves = []
-    for task in tasks:
-        own = [each for each in runs if each.task == task.name]
-        if own:
-            parts += [f"### {task.name}", table(own)]
+    begun = [task for task in tasks if any(each.task == task.name for each in runs)]
+    for task in begun:
+        parts += [f"### {task.name}", table([each for each in runs if each.task == task.name])]
+    return Findings(
+        [each._asdict() for each in runs], "\n\n".join(parts), figure=figure(begun, runs) if with_figure else None
+    )
+
+
+def figure(tasks: Sequence[Task], runs: Sequence[Run]) -> bytes:
+    """`KL(p||pi)` against completions drawn: a row for each task, a panel for each kind of method."""
+    kinds = {
+        "constant bonus": lambda method: "to 0" not in method and "SGD" not in method and "%" not in method,
+        "falling bonus, and SGD": lambda method: "to 0" in method or "SGD" in method,
+        "other proposals": lambda method: "%" in method or method == "no bonus",
+    }
+
+    def draw(every: Sequence[Axes]) -> None:
+        places = [(task, title) for task in tasks for title in kinds]
+        for axes, (task, title) in zip(every, places, strict=True):
+            own = [each for each in runs if each.task == task.name]
+            for index, name in enumerate(dict.fromkeys(each.method for each in own if kinds[title](each.method))):
+                seeds = [each for each in own if each.method == name]
+                curve(
+                    axes, seeds[0].samples, [each.forward_kl for each in seeds], index, name.removeprefix("no bonus, ")
+                )
             start = (task.log_posterior.exp() * (task.log_posterior - task.log_prior)).sum().item()
-            lines = [Curve(each.method, each.samples, each.seconds, each.forward_kl) for each in own]
-            curves.append(TrainingCurves(task.name, lines, start))
-    return Findings([each._asdict() for each in runs], "\n\n".join(parts), curves)
+            axes.axhline(start, color=REFERENCE, linestyle="--", linewidth=1.2, label="the prior")
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_ylim(1e-3, 300)  # below that all are equally good
+            place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.1, -0.2), "ncols": 2}
+            finish(axes, f"{task.name}: {title}", "completions drawn", "KL(p‖π), nats", **place)
+
+    return panels(draw, len(kinds), max(1, len(tasks)), height=4.4)
 
 
 def table(runs: Sequence[Run]) -> str:

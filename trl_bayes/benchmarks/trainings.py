@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from transformers import TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
+from ..trainers.posterior_trainer import PosteriorTrainer
 from .figure import Curve, TrainingCurves
 from .learning_curve import Point
 from .section import DeviceArguments
@@ -35,8 +36,13 @@ class TrainerSetup:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the trainer takes a `target`."""
+        """Whether the trainer has a posterior of its own choice."""
         return self.trainer not in (GRPOTrainer, RLOOTrainer)
+
+    @property
+    def takes_target(self) -> bool:
+        """Whether the trainer takes a `target`: ours do, unless they make it from their configuration."""
+        return self.is_ours and not cast(type[PosteriorTrainer], self.trainer).makes_target
 
 
 @dataclass(frozen=True)

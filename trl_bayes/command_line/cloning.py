@@ -2,110 +2,30 @@
 
 import gc
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, concatenate_datasets, load_dataset
-from trl import DatasetMixtureConfig, ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..language_models.completions import Completions
-from ..language_models.prompts import check_prompt
 from ..language_models.samples import sample
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
 from ..statistics.demonstrations import kl_from_expert
 from ..statistics.estimate import Estimate
 from .arguments import Arguments
-from .data import load_data
+from .demonstration_data import check_tokens, cut, load_demonstrations, split_held_out
 from .demonstration_recipe import CloneArguments, DemonstrationRecipe
-from .models import find_config, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, StageError, is_first, wait_for_all
-from .unknown_keys import nearest
+from .models import find_config, find_tokenizer, load_model, load_tokenizer, loading_arguments, model_path
+from .stages import Stage, StageError, is_first, on_its_own, wait_for_all
 
 
 FLOOR = "prior_demonstrations.jsonl"
 PROMPTS = "prompts.jsonl"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def load_demonstrations(args: CloneArguments) -> Dataset:
-    """
-    The demonstrations, checked row by row.
-
-    Raises:
-        ValueError: none are named, or they cannot be loaded, or have no column `completion`, or no rows; one sentence.
-    """
-    if args.dataset_name is None:
-        raise ValueError(
-            "`dataset_name` is missing in the section `clone`: name demonstrations, by id, file or folder."
-        )
-    rows = load_rows(args)
-    if "completion" not in rows.column_names:
-        raise ValueError(
-            f"The demonstrations {args.dataset_name!r} have no column 'completion': they have {rows.column_names}."
-        )
-    if len(rows) == 0:
-        raise ValueError(f"The demonstrations {args.dataset_name!r} have no rows.")
-    if "prompt" not in rows.column_names:
-        rows = rows.add_column("prompt", [""] * len(rows))
-    rows = rows.select_columns(["prompt", "completion"])
-    for row in rows:
-        check_prompt(row["prompt"])
-        if type(row["completion"]) is not type(row["prompt"]):
-            raise ValueError(
-                f"A completion of the demonstrations {args.dataset_name!r} is {row['completion']!r}, with the prompt "
-                f"{row['prompt']!r}: make both texts, or both lists of messages."
-            )
-    return rows
-
-
-def load_rows(args: Any) -> Dataset:
-    """
-    One split of the data that a section names.
-
-    Raises:
-        ValueError: it cannot be loaded, or has no such split; one sentence.
-    """
-    arguments = Arguments(cast(Any, _Named(args)), cast(Any, None), cast(Any, None), DatasetMixtureConfig())
-    found = load_data(arguments)
-    if args.dataset_train_split not in found:
-        split = args.dataset_train_split
-        raise ValueError(f"{args.dataset_name!r} has no split {split!r}{nearest(split, found)}: it has {list(found)}.")
-    return cast(Dataset, found[args.dataset_train_split])
-
-
-class _Named:
-    """What [`load_data`] reads of a script's arguments."""
-
-    dataset_streaming = False
-
-    def __init__(self, args: Any):
-        self.dataset_name, self.dataset_config = args.dataset_name, args.dataset_config
-
-
-def split_held_out(rows: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
-    """
-    What is cloned, and what measures the clone.
-
-    Raises:
-        ValueError: nothing would be left to clone; one sentence.
-    """
-    number = round(held_out * len(rows)) if held_out < 1 else math.floor(held_out)
-    if number >= len(rows):
-        raise ValueError(f"`held_out={held_out:g}` of {len(rows)} demonstrations leaves none to clone: set less.")
-    mixed = rows.shuffle(seed=seed)
-    return mixed.select(range(number, len(rows))), mixed.select(range(number))
-
-
-def distinct_prompts(rows: Dataset) -> list[Any]:
-    """Each prompt once, in the order in which they come."""
-    return list({json.dumps(prompt, sort_keys=True): prompt for prompt in rows["prompt"]}.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,19 +90,19 @@ def refuse_cut(trainer: SFTTrainer, given: Sequence[Dataset], max_length: int | 
             continue
         prepared = cast(Dataset, made)
         if len(prepared) < len(rows) or any(len(ids) >= max_length for ids in prepared["input_ids"]):
-            raise StageError(
-                f"`max_length={max_length}` in the section `clone` cuts some demonstrations: set it to null, or to "
-                "more tokens than the longest prompt and completion have."
-            )
+            raise StageError(cut(max_length))
 
 
 def release_memory() -> None:
-    """What a stage has used, before the next begins."""
+    """What a stage has used, before the next begins; which may set up DeepSpeed in another way."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
+@on_its_own()
 def draw_floor(file: Path, args: CloneArguments, model: ModelConfig, training: Any, rows: Dataset) -> None:
     """
     Completions of the prior that are cloned like demonstrations: a floor under what the clone may exclude.
@@ -245,6 +165,7 @@ def _tokens(prepared: Dataset) -> list[tuple[list[int], list[int]]]:
     return pairs
 
 
+@on_its_own()
 def measure(
     folder: Path, model: ModelConfig, training: Any, tokens: Sequence[tuple[list[int], list[int]]]
 ) -> Estimate:
@@ -262,12 +183,12 @@ def measure(
     return kl_from_expert(log_probs(clone, completions, SamplingSettings(max_new_tokens=1)))
 
 
-def check_clone(recipe: DemonstrationRecipe) -> tuple[CloneArguments, Any, str]:
+def check_clone(recipe: DemonstrationRecipe) -> tuple[Dataset, Dataset, str]:
     """
     What can be said of the first stage without its model.
 
     Returns:
-        Its arguments, its training configuration, and its model's id or folder.
+        Its demonstrations, those that are held out, and its model's id or folder.
 
     Raises:
         ValueError: one sentence.
@@ -277,15 +198,20 @@ def check_clone(recipe: DemonstrationRecipe) -> tuple[CloneArguments, Any, str]:
         raise ValueError(
             "`model_name_or_path` is missing in the section `clone`: name the model that learns to clone."
         )
-    if training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3:
-        raise ValueError(
-            "`demo-rl` does not run under ZeRO-3, where no process can load the prior alone to draw the floor: launch "
-            "it with `--accelerate_config ddp`."
-        )
     if training.packing:
         raise ValueError(
             "`packing` in the section `clone` would let a completion see others, which stage 2 does not: leave it out."
         )
+    if training.completion_only_loss is False or training.assistant_only_loss:
+        setting = "assistant_only_loss" if training.assistant_only_loss else "completion_only_loss"
+        raise ValueError(
+            f"`{setting}` in the section `clone` would clone other tokens than those of the completions, which the "
+            "rule for `beta` and the floor are about: leave it out."
+        )
     name = model_path(model.model_name_or_path)
     find_config("model_name_or_path", name, training.trust_remote_code, model.model_revision)
-    return args, training, name
+    rows = load_demonstrations(args)
+    _, held_out = split_held_out(rows, args.held_out, training.seed)
+    if training.chat_template_path is None:  # else the tokenizer is not yet what it will be
+        check_tokens(rows, find_tokenizer(name, loading_arguments(model, cast(Any, training))), training.max_length)
+    return rows, held_out, name

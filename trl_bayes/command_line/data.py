@@ -41,6 +41,8 @@ def load_data(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
         part.path = os.path.expanduser(part.path)
     try:
         return get_dataset(mixture) if mixture.datasets else _load_named(script)
+    except StopIteration:
+        raise ValueError(f"The data set {name!r} cannot be loaded (a file is empty).") from None
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"The data set {name!r} cannot be loaded ({first_sentence(error)}).") from None
 

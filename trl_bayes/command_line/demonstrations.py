@@ -15,16 +15,9 @@ from ..statistics.demonstrations import temperature_by_rule
 from ..statistics.estimate import Estimate
 from ..targets import build_target
 from .arguments import Arguments
-from .cloning import (
-    PROMPTS,
-    check_clone,
-    distinct_prompts,
-    load_demonstrations,
-    split_held_out,
-    train_clone,
-    write_rows,
-)
+from .cloning import PROMPTS, check_clone, train_clone, write_rows
 from .data import load_data, select_split
+from .demonstration_data import distinct_prompts
 from .demonstration_recipe import DemonstrationArguments, DemonstrationRecipe, read_demonstration_recipe
 from .folders import prepare_folder
 from .preference_stage import check_preferences, preference_functions, train_reward
@@ -58,14 +51,12 @@ def prepare(arguments: DemonstrationArguments, source: str) -> Job:
         ValueError: one sentence.
     """
     recipe = read_demonstration_recipe(arguments, source)
-    args, training, model_name = check_clone(recipe)
-    rows = load_demonstrations(args)
-    _, held_out = split_held_out(rows, args.held_out, training.seed)
+    rows, held_out, model_name = check_clone(recipe)
     if recipe.rule is not None and not len(held_out):
         raise ValueError(
             "The rule for `beta` needs held-out demonstrations: set `held_out` above 0, or `beta` to a number."
         )
-    preferences = check_preferences(recipe) if "reward" in recipe.sections else None
+    preferences = check_preferences(recipe, model_name) if "reward" in recipe.sections else None
     prompts, functions = _check_rl(recipe)
     stages = _stages(
         recipe, [fingerprint(rows), path_fingerprint(model_name) or model_name], preferences, prompts, functions

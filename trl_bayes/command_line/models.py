@@ -70,6 +70,21 @@ def find_config(field_name: str, name: str, trust_remote_code: bool, revision: s
         ) from None
 
 
+def find_tokenizer(name: str, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """
+    [`load_tokenizer`], for a check before anything else is loaded.
+
+    Raises:
+        ValueError: there is none; one sentence.
+    """
+    try:
+        return load_tokenizer(name, arguments)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model_name_or_path`: the tokenizer of {name!r} cannot be loaded ({first_sentence(error)})."
+        ) from None
+
+
 def first_sentence(error: BaseException) -> str:
     """The first line of an error's message, to be put in brackets."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

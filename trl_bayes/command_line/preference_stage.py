@@ -6,8 +6,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, RewardTrainer, apply_chat_template, get_peft_config, get_quantization_config
+from trl import ModelConfig, RewardTrainer, get_peft_config, get_quantization_config
 
 from ..language_models.completions import Completions
 from ..language_models.samples import sample, score
@@ -15,24 +14,30 @@ from ..language_models.settings import SamplingSettings
 from ..rewards import build_rewards
 from ..targets.base import weighted_sum
 from .arguments import Arguments
-from .cloning import load_jsonl, load_rows, release_memory, write_rows
+from .cloning import load_jsonl, release_memory, write_rows
+from .demonstration_data import load_preferences, tokenized
 from .demonstration_recipe import DemonstrationRecipe, PreferenceArguments
-from .models import find_config, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, StageError, is_first, wait_for_all
+from .models import find_config, find_tokenizer, load_model, load_tokenizer, loading_arguments, model_path
+from .stages import Stage, StageError, is_first, on_its_own, wait_for_all
 
 
 PREFERENCES = "preferences.jsonl"
 
 
-def check_preferences(recipe: DemonstrationRecipe) -> Dataset | None:
+def check_preferences(recipe: DemonstrationRecipe, clone: str) -> Dataset | None:
     """
     What can be said of the stage without a model.
+
+    Args:
+        recipe ([`DemonstrationRecipe`]): with a section `reward`.
+        clone (`str`): id or folder of the model that learns to clone, whose tokenizer the clone has.
 
     Returns:
         [`~datasets.Dataset`], *optional*: the preferences, if they are there already.
 
     Raises:
-        ValueError: they have no column `chosen` or `rejected`, or a function does not exist; one sentence.
+        ValueError: they have no column `chosen` or `rejected`, or too many tokens, or a function does not exist; one
+            sentence.
     """
     args, training, model = recipe.reward(output_dir=recipe.arguments.output_dir)
     if model.model_name_or_path is not None:
@@ -41,13 +46,10 @@ def check_preferences(recipe: DemonstrationRecipe) -> Dataset | None:
     if args.dataset_name is None:
         preference_functions(args)
         return None
-    rows = load_rows(args)
-    if missing := [name for name in ("chosen", "rejected") if name not in rows.column_names]:
-        raise ValueError(
-            f"The preferences {args.dataset_name!r} have no column {missing[0]!r}: they have {rows.column_names}."
-        )
-    if len(rows) == 0:
-        raise ValueError(f"The preferences {args.dataset_name!r} have no rows.")
+    rows = load_preferences(args)
+    own = model.model_name_or_path
+    arguments = loading_arguments(model, cast(Any, training))
+    tokenized(rows, find_tokenizer(clone if own is None else model_path(own), arguments), training.max_length)
     return rows
 
 
@@ -74,7 +76,8 @@ def train_reward(
         `dict`: what was measured, for [`Stage.finish`].
 
     Raises:
-        StageError: no two completions of a prompt differ in what they are worth; one sentence.
+        StageError: no two completions of a prompt differ in what they are worth, or some are longer than the section's
+            `max_length`; one sentence.
     """
     args, training, model = recipe.reward(output_dir=str(stage.folder))
     name = str(clone) if model.model_name_or_path is None else model_path(model.model_name_or_path)
@@ -87,10 +90,14 @@ def train_reward(
         preferences = load_jsonl(file)
     training.model_init_kwargs = settings
     tokenizer = load_tokenizer(name, settings)
+    try:
+        pairs_of_tokens = tokenized(preferences, tokenizer, training.max_length)
+    except ValueError as error:
+        raise StageError(str(error)) from None
     trainer = RewardTrainer(
         model=name,
         args=training,
-        train_dataset=tokenized(preferences, tokenizer),
+        train_dataset=pairs_of_tokens,
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
@@ -105,25 +112,7 @@ def train_reward(
     return {"pairs": len(preferences), "accuracy": accuracies[-1] if accuracies else None}
 
 
-def tokenized(preferences: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """
-    Preferences in the tokens that `GRPOTrainer` will make of the policy's completions when it asks the reward model.
-
-    `RewardTrainer` itself would end each text by EOS, and begin it by what the tokenizer puts in front, neither of
-    which is there later.
-    """
-
-    def ids(prompt: Any, completion: Any) -> list[int]:
-        if isinstance(completion, str):
-            text = (prompt or "") + completion
-        else:
-            text = apply_chat_template({"messages": [*(prompt or []), *completion]}, tokenizer)["text"]
-        return list(cast(Any, tokenizer(text=text, add_special_tokens=False))["input_ids"])
-
-    rows = [{key: ids(row.get("prompt"), row[key]) for key in ("chosen", "rejected")} for row in preferences]
-    return Dataset.from_list([{"chosen_ids": row["chosen"], "rejected_ids": row["rejected"]} for row in rows])
-
-
+@on_its_own()
 def draw_preferences(
     file: Path, args: PreferenceArguments, model: ModelConfig, training: Any, clone: Path, prompts: list[Any]
 ) -> None:

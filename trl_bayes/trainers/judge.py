@@ -52,6 +52,29 @@ def ask(
     return torch.tensor([1 - p if swap else p for p, swap in zip(first, swapped, strict=True)])
 
 
+def refuse_uncallable(judge: Any) -> None:
+    """
+    Refuses what cannot be called as a judge is.
+
+    Raises:
+        TypeError: one sentence.
+    """
+    if not callable(judge):
+        raise TypeError(f"`judge` must be a callable `judge(prompts, pairs)`, got {type(judge).__name__}.")
+    if inspect.iscoroutinefunction(judge):
+        raise TypeError("`judge` is a coroutine function, and a verdict is not waited for: give a plain function.")
+    try:
+        if _takes_columns(judge):
+            inspect.signature(judge).bind_partial([], [])
+        else:
+            inspect.signature(judge).bind([], [])
+    except TypeError as error:
+        raise TypeError(
+            f"`judge` cannot be called as `judge(prompts, pairs)` ({error}): take these two, and `**columns` for the "
+            "other columns of the data."
+        ) from None
+
+
 def _probability(verdict: Any) -> float:
     """That the first is better, from a probability or an index."""
     if verdict is None:

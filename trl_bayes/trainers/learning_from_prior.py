@@ -125,8 +125,9 @@ def collect(
     """
     if len(samples.missing()) and trainer.state.global_step > 0:
         raise PriorSamplesError(
-            f"Samples of the prior are missing in {samples.folder}, and the policy has been trained since: start "
-            "again, or resume from a checkpoint with its `posterior_state` files."
+            f"Samples of the prior are missing in {samples.folder}, and the policy has been trained since: give the "
+            "trainer all data as `train_dataset` and `eval_dataset` before it trains, or resume from a checkpoint "
+            "with its `posterior_state` files."
         )
     accelerator = trainer.accelerator
     work = Work(
@@ -161,14 +162,20 @@ def as_draw(output: dict[str, Any], policy: torch.Tensor, rows: Sequence[dict[st
     return Draw(KeptCompletions(ids, texts, messages, log_prior), trainer.accelerator.gather(output["rewards"]))
 
 
-def fit(target: Target, partition: Partition, prior: PriorScores) -> None:
+def fit(target: Target, partition: Partition, prior: PriorScores, again: bool = False) -> None:
     """
     Fits the target, unless it is fitted, and then `log Z` under it.
+
+    Args:
+        target ([`~trl_bayes.targets.Target`]), partition ([`~trl_bayes.partitions.Partition`]): that learn.
+        prior ([`~trl_bayes.prior.PriorScores`]): from which.
+        again (`bool`, *optional*, defaults to `False`): for more prompts than before, of which a target that learns
+            something of each does not know the new ones. What was learned from the training data stays as it is.
 
     Raises:
         PriorSamplesError: the target cannot be fitted to these samples.
     """
-    if target.needs_prior_samples and not target.is_fitted:
+    if target.needs_prior_samples and (not target.is_fitted or again and target.needs_context):
         with _as_prior_samples_error():
             target.fit(prior)
     partition.learn(prior, target)

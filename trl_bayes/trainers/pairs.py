@@ -12,6 +12,7 @@ from .batches import own_tokens
 
 
 T = TypeVar("T")
+_OF_PROMPT = ("prompt_ids", "prompt_mask")
 
 
 def alternate(of_policy: Sequence[T], of_prior: Sequence[T]) -> list[T]:
@@ -24,16 +25,53 @@ def by_pairs(values: torch.Tensor) -> torch.Tensor:
     return values.unflatten(0, (-1, 2))
 
 
+def pair_terms(output: dict[str, Any]) -> PairTerms:
+    """What the loss needs of the pairs of a generated batch; that it does not need the policy's score."""
+    if "usable" in output:
+        return PairTerms(*(output[name] for name in PairTerms._fields))
+    log_prior = (output["ref_per_token_logps"].float() * own_tokens(output)).sum(dim=1)  # (2M,)
+    known = ~output["preference"].isnan()
+    return PairTerms(by_pairs(log_prior), output["preference"].nan_to_num(nan=0.5), known)
+
+
 def batch_of_pairs(output: dict[str, Any]) -> dict[str, torch.Tensor]:
     """
     A generated batch with a pair as one row, so that TRL's shuffle keeps pairs together: `M` rows instead of `2M`.
 
     Args:
-        output (`dict`): a generated batch and the [`~trl_bayes.estimators.PairTerms`] of its pairs.
+        output (`dict`): a generated batch. If it has a `row` the update scores the policy, and then all of it is kept
+            for [`generated_batch`].
     """
-    pairs = {name: output[name][0::2] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
-    pairs |= {f"prior_{name}": output[name][1::2] for name in ("completion_ids", "completion_mask")}
-    return pairs | {name: output[name] for name in PairTerms._fields}
+    sides: tuple[str, ...] = ("completion_ids", "completion_mask")
+    if "row" in output:
+        number = len(output["row"])
+        named = (name for name, value in output.items() if isinstance(value, torch.Tensor) and value.dim() > 0)
+        sides = tuple(name for name in named if len(output[name]) == number and name not in (*_OF_PROMPT, "row"))
+    pairs = {name: output[name][0::2] for name in (*_OF_PROMPT, *sides)}
+    pairs |= {f"prior_{name}": output[name][1::2] for name in sides}
+    if "row" in output:
+        pairs["row"] = output["row"][: len(output["row"]) // 2]
+    return pairs | pair_terms(output)._asdict()
+
+
+def generated_batch(pairs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The batch of which [`batch_of_pairs`] has made these pairs, `2M` rows in the order of their generation."""
+    order = pairs["row"].argsort()
+    sides = [name for name in pairs if f"prior_{name}" in pairs]
+    batch = {name: pairs[name][order].repeat_interleave(2, dim=0) for name in _OF_PROMPT}
+    batch |= {name: _alternating(pairs[name][order], pairs[f"prior_{name}"][order]) for name in sides}
+    return batch | {name: pairs[name][order] for name in PairTerms._fields}
+
+
+def in_generated_order(values: torch.Tensor, pairs: dict[str, Any]) -> torch.Tensor:
+    """`(2M, T)` of the rows of [`generated_batch`], from `(2M, T)` of those of [`completions_of`]."""
+    own, of_prior = values.unflatten(0, (2, -1))
+    order = pairs["row"].argsort()
+    return _alternating(own[order], of_prior[order])
+
+
+def _alternating(own: torch.Tensor, of_prior: torch.Tensor) -> torch.Tensor:
+    return torch.stack([own, of_prior], dim=1).flatten(0, 1)
 
 
 def completions_of(pairs: dict[str, Any], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from transformers import (
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TrainerCallback,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -26,7 +20,8 @@ from ..prior import Draw, KeptCompletions
 from ..targets import Target, build_target
 from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
 from .checkpoints import check_same_run, read_state, run_identity, save_state
-from .learning_from_prior import GIVEN, REWARDS, RowsOfData, as_draw, collect, fit, prior_samples_of, unrecorded
+from .further_data import all_data, known_data, learn_of_further_data, rows_of
+from .learning_from_prior import GIVEN, REWARDS, as_draw, collect, fit, prior_samples_of, unrecorded
 from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
 from .model_card import add_section
@@ -34,7 +29,7 @@ from .posterior_config import PosteriorConfig
 from .prior import make_exact, prior_of_its_own
 from .refusals import (
     check_arguments,
-    refuse_data,
+    refuse_early,
     refuse_inexact_model_defaults,
     refuse_infinite_divergence,
     refuse_infinite_potential,
@@ -112,6 +107,7 @@ class PosteriorTrainer(GRPOTrainer):
         self.target = build_target(args.target if target is None else target, args.beta or None)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
+        refuse_early(self, args, all_data(train_dataset, eval_dataset), bool(environment_factory))
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,
@@ -133,7 +129,7 @@ class PosteriorTrainer(GRPOTrainer):
         if not self.use_vllm:  # which is given TRL's settings only
             refuse_inexact_model_defaults(self.model.generation_config, self.generation_kwargs, args)
         warn_of_settings(args)
-        refuse_data(self, self._datasets())
+        self.data = known_data(self)
         self.target.bind(self.reward_func_names, self.reward_weights)
         self._is_checked = not args.check_log_probs
         self._mode_of_generation: bool | None = None
@@ -145,11 +141,12 @@ class PosteriorTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------------------------------------------
     # What is learned from samples of the prior, before the first update
 
-    def _datasets(self) -> list[Any]:
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        return [dataset for dataset in (self.train_dataset, *evaluation.values()) if dataset is not None]
+    @property
+    def has_learned(self) -> bool:
+        """Whether nothing is left to be learned from samples of the prior."""
+        return self.partition.is_ready and self.target.is_fitted
 
-    def learn_from_prior(self) -> None:
+    def learn_from_prior(self, again: bool = False) -> None:
         """
         Draws samples of the prior for every prompt, and fits the target and `log Z` to them.
 
@@ -160,13 +157,10 @@ class PosteriorTrainer(GRPOTrainer):
             PriorSamplesError: the samples that are kept are of something else, or cannot be fitted to; a `ValueError`.
             ValueError: the policy is not the prior any more.
         """
-        rows = RowsOfData.of(
-            [self._remove_unused_columns(dataset) for dataset in self._datasets()],  # as TRL gives them
-            is_trained=[dataset is self.train_dataset for dataset in self._datasets()],
-        )
+        rows = rows_of(self)
         samples = prior_samples_of(self, rows)
         collect(samples, rows, self._draw_prior, self._score_prior_samples, self)
-        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity))
+        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity), again)
 
     def _draw_prior(self, rows: list[dict[str, Any]], seed: int) -> Draw:
         """Completions of the policy, which is still the prior, one for each row, with TRL's generation and rewards."""
@@ -214,7 +208,7 @@ class PosteriorTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         announce_lm_head(self.model, self.args)
-        if not (self.partition.is_ready and self.target.is_fitted):
+        if not self.has_learned:
             self.learn_from_prior()
         output, _ = self._generate_with_rewards(inputs)
         if self.partition.needs_prompt_keys or self.target.needs_context:
@@ -299,6 +293,11 @@ class PosteriorTrainer(GRPOTrainer):
             self._mode_metrics["aux_loss"].append(self.accelerator.gather(aux_loss).mean().item())
         self._log(loss_metrics(entropies, mask, capped, self.accelerator))
         return loss / self.current_gradient_accumulation_steps if self.model.training else loss
+
+    def evaluate(self, eval_dataset: EvalDataset | str | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation, on any data: what must be known of its prompts is learned first, if it still can be."""
+        learn_of_further_data(self, eval_dataset)
+        return super().evaluate(cast(Any, eval_dataset), *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------------------------
     # Metrics

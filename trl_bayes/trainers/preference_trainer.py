@@ -8,12 +8,13 @@ from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
-from ..estimators import PairTerms, Preference, bradley_terry, larger_wins
+from ..estimators import Preference, bradley_terry, larger_wins
 from ..targets import Target
 from ..targets.base import weighted_sum
 from .batches import row_hashes, scorer_inputs, sequence_log_probs
-from .judge import Judge, ask
-from .learning_from_prior import GIVEN, REWARDS, RowsOfData, collect, fit, prior_samples_of
+from .further_data import rows_of
+from .judge import Judge, ask, refuse_uncallable
+from .learning_from_prior import GIVEN, REWARDS, collect, fit, prior_samples_of
 from .metrics import show_advantages, token_kl
 from .pairs import (
     alternate,
@@ -21,8 +22,11 @@ from .pairs import (
     by_pairs,
     completions_of,
     entropy_metric,
+    generated_batch,
     generation_metrics,
+    in_generated_order,
     loss_metrics,
+    pair_terms,
 )
 from .posterior_trainer import EvalDataset, PosteriorTrainer
 
@@ -101,7 +105,7 @@ class PreferenceTrainer(PosteriorTrainer):
         judge: Judge | None = None,
     ):
         refuse_other_tokens(tools, rollout_func, environment_factory)
-        refuse_judge(judge, args)
+        refuse_judge(judge, reward_funcs, args)
         self.judge, self._has_rewards = judge, judge is None or reward_funcs is not None
         super().__init__(
             model=model,
@@ -138,14 +142,15 @@ class PreferenceTrainer(PosteriorTrainer):
     # ---------------------------------------------------------------------------------------------------------------
     # The prior's completions
 
-    def learn_from_prior(self) -> None:
-        rows = RowsOfData.of(
-            [self._remove_unused_columns(dataset) for dataset in self._datasets()],  # as TRL gives them
-            is_trained=[dataset is self.train_dataset for dataset in self._datasets()],
-        )
+    @property
+    def has_learned(self) -> bool:
+        return bool(self._place)  # the completions themselves are no part of a checkpoint
+
+    def learn_from_prior(self, again: bool = False) -> None:
+        rows = rows_of(self)
         samples = prior_samples_of(self, rows)
         collect(samples, rows, self._draw_prior, self._score_prior_samples, self)
-        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity))
+        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity), again)
         self._prior_completions = samples.completions().completion_ids
         self._place = {key: place for place, key in enumerate(rows.keys.tolist())}
 
@@ -175,17 +180,13 @@ class PreferenceTrainer(PosteriorTrainer):
     # From a group of completions to pairs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self._place:
+        if not self.has_learned:
             self.learn_from_prior()
         self._of_prior = self._choose_of_prior(inputs)
         try:
             return batch_of_pairs(super()._generate_and_score_completions(inputs))
         finally:
             self._of_prior = None
-
-    @property
-    def _is_scored_by_update(self) -> bool:
-        return False  # TRL shuffles pairs, and what is logged of groups wants completions
 
     def _generate_with_rewards(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         output, rows = super()._generate_with_rewards(inputs)
@@ -224,10 +225,10 @@ class PreferenceTrainer(PosteriorTrainer):
         else:  # there is no posterior of rewards to stand near
             self._check_log_probs(output, policy)
             self._log(token_kl(policy, output, self.accelerator))
-        log_policy, _, log_prior = (by_pairs(each) for each in sequence_log_probs(output, policy).unbind(dim=1))
-        known = ~output["preference"].isnan()
-        terms = PairTerms(log_prior, output["preference"].nan_to_num(nan=0.5), known)
-        self._log(generation_metrics(output | terms._asdict(), log_policy - log_prior, log_policy, self.accelerator))
+        log_policy = by_pairs(sequence_log_probs(output, policy)[:, 0])
+        terms = pair_terms(output)
+        log_ratio = log_policy - terms.log_prior
+        self._log(generation_metrics(output | terms._asdict(), log_ratio, log_policy, self.accelerator))
         factors = self.estimator.pairwise.factors(log_policy, terms, self._alpha)
         advantages = self.accelerator.gather(-factors.flatten())
         show_advantages(cast("deque[float]", self._logs["advantages"]), advantages)
@@ -247,7 +248,11 @@ class PreferenceTrainer(PosteriorTrainer):
             model, **scorer_inputs(batch), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
         log_policy = (logps * batch["completion_mask"]).sum(dim=1).view(2, -1).T  # (M, 2)
-        terms = PairTerms(*(inputs[name] for name in PairTerms._fields))
+        if "row" in inputs:
+            with torch.no_grad():
+                self._posterior_terms(generated_batch(inputs), in_generated_order(logps.detach(), inputs))
+            del inputs["row"]  # a second look at the same batch logs nothing of it again
+        terms = pair_terms(inputs)
         parts = self.estimator.pairwise.losses(log_policy, terms, self._alpha)
         loss = (parts[0] + parts[1]).mean()
         if self.aux_loss_enabled:
@@ -274,7 +279,7 @@ def refuse_other_tokens(tools: Any, rollout_func: Any, environment_factory: Any)
         )
 
 
-def refuse_judge(judge: Any, args: Any) -> None:
+def refuse_judge(judge: Any, reward_funcs: Any, args: Any) -> None:
     """
     Refuses a judge that cannot be called, or a penalty that it leaves nothing to subtract from.
 
@@ -282,9 +287,10 @@ def refuse_judge(judge: Any, args: Any) -> None:
         TypeError, ValueError: one sentence.
     """
     if judge is None:
+        if reward_funcs is None:
+            raise ValueError("Somebody must say which completion of a pair is better: give `reward_funcs` or `judge`.")
         return
-    if not callable(judge):
-        raise TypeError(f"`judge` must be a callable `judge(prompts, pairs)`, got {type(judge).__name__}.")
+    refuse_uncallable(judge)
     if args is not None and args.missing_eos_penalty is not None:
         raise ValueError(
             "`missing_eos_penalty` is subtracted from rewards, and a judge orders the pairs without them: leave it "

@@ -110,8 +110,10 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
         ValueError: one sentence.
     """
     refuse_same_names(trainer.reward_func_names)
+    writes_prompts = trainer.environment_factories is not None
+    refuse_early(trainer, trainer.args, datasets, writes_prompts)
     for dataset in datasets:
-        if trainer.environment_factories is None and isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
+        if not writes_prompts and isinstance(dataset, Dataset):
             check_prompts(
                 dataset["prompt"],
                 trainer.processing_class,
@@ -119,8 +121,26 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
                 max_completion_length=trainer.max_completion_length,
                 chat_template_kwargs=trainer.chat_template_kwargs,
             )
-    writes_prompts = trainer.environment_factories is not None
-    refuse_unsampled_prior(trainer.target, trainer.partition, trainer.args, datasets, writes_prompts)
+
+
+def refuse_early(trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool) -> None:
+    """
+    What can be said of the data before a model is loaded: that it has prompts, and that their prior can be sampled.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): that has its target and its partition.
+        args ([`PosteriorConfig`]), datasets (`Sequence`), writes_prompts (`bool`): as of [`refuse_unsampled_prior`].
+
+    Raises:
+        ValueError: one sentence.
+    """
+    for dataset in datasets:
+        columns = dataset.column_names  # of a stream they may not be known
+        if not writes_prompts and columns is not None and "prompt" not in columns:
+            raise ValueError(f"The data has no column 'prompt': it has {columns}.")
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError("The data has no rows: give at least one prompt.")
+    refuse_unsampled_prior(trainer.target, trainer.partition, args, datasets, writes_prompts)
 
 
 def warn_of_settings(args: PosteriorConfig) -> None:
@@ -148,7 +168,6 @@ def refuse_unsampled_prior(
     """
     if not (target.needs_prior_samples or partition.needs_prior_samples):
         return
-    target.warn_of_too_few_samples(args.num_prior_samples)
     needs = f"The target {target!r}" if target.needs_prior_samples else f"`partition={partition.name!r}`"
     if args.beta == 0:
         raise ValueError(

@@ -111,9 +111,15 @@ class XPOConfig(OffPolicyConfig):
                 "The posterior of XPO is the tilt of the rewards that order its pairs: leave `target` unset, or use "
                 "KLRLTrainer for another."
             )
-        if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
+        if not isinstance(self.beta, Real):
             raise ValueError(
-                f"`missing_eos_penalty={self.missing_eos_penalty}` must be positive: it is subtracted from the reward."
+                f"`beta={self.beta!r}` must be one number: it is the temperature of the posterior, which is the same "
+                "in all epochs."
+            )
+        penalty = self.missing_eos_penalty
+        if penalty is not None and not (isinstance(penalty, Real) and 0 < float(penalty) < math.inf):
+            raise ValueError(
+                f"`missing_eos_penalty={penalty!r}` must be a positive number: it is subtracted from the reward."
             )
         if self.mask_truncated_completions:
             raise ValueError(
