@@ -89,7 +89,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_site_loads_nothing_from_elsewhere() -> None:
-    """What its pages load is in the site; `offline` keeps to a script of this name, and loads its own where there is none."""
+    """What its pages load is in the site. `offline` keeps to a script of this name; without one it loads its own."""
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert "offline" in site["plugins"] and site["theme"]["font"] is False
     loaded = [*site["extra"]["polyfills"], *site["extra_css"]]
