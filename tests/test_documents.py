@@ -88,6 +88,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
 
 
+def test_the_site_loads_nothing_from_elsewhere() -> None:
+    """What its pages load is in the site. `offline` keeps to a script of this name; without one it loads its own."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert "offline" in site["plugins"] and site["theme"]["font"] is False
+    loaded = [*site["extra"]["polyfills"], *site["extra_css"]]
+    assert any("iframe-worker" in name for name in loaded)
+    assert all((ROOT / "docs" / name).is_file() for name in loaded), loaded
+
+
 def test_the_first_page_is_short_and_the_site_has_every_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
     site = (ROOT / "mkdocs.yml").read_text()

@@ -33,6 +33,31 @@ def test_names_the_extra(without: Any) -> None:
         require_extra("peft", "An adapter")
 
 
+@pytest.mark.parametrize(
+    ("flags", "package", "sentence"),
+    [
+        (["--use_peft"], "peft", "`use_peft` needs the package peft, which"),
+        (
+            ["--use_vllm"],
+            "vllm",
+            '`use_vllm` needs the package vllm, which is not installed: `pip install "trl_bayes[vllm]"`',
+        ),
+        (["--load_in_4bit"], "bitsandbytes", "`load_in_4bit` needs the package bitsandbytes"),
+        (["--use_liger_kernel"], "liger_kernel", "which is not installed: `pip install liger-kernel`"),
+    ],
+)
+def test_fields_of_a_recipe_ask_for_theirs(
+    flags: list[str], package: str, sentence: str, without: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    without(package)
+    recipe = ["--config", "recipes/python_syntax/dpg.yaml", "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["dpg", *recipe, *flags])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Loading weights" not in error
+
+
 @pytest.mark.parametrize("flags", [["--accelerate_config", "zero3"], ["--use_deepspeed"]])
 def test_deepspeed_is_asked_for_before_the_launch(
     flags: list[str], without: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,12 @@ def at_least(n):
         return [float(text.count("a") >= n) for text in completions]
     reward.__name__ = f"at_least_{n}"
     return reward
+
+def by_column(completions, longest, **kwargs):
+    return [0.0] * len(completions)
+
+def without_kwargs(completions):
+    return [0.0] * len(completions)
 """
 ACCELERATE = ["--accelerate_config", "cpu_ddp"]
 
@@ -303,6 +309,8 @@ def test_help_is_complete_and_grouped(command: str, own: str, capsys: pytest.Cap
         ({"reward_funcs": ["parse"]}, "(did you mean 'parses'?)"),
         ({"reward_funcs": ["no_such_module.reward"]}, "No module named 'no_such_module'"),
         ({"reward_funcs": ["nope/nope"]}, "`reward_funcs`: the model 'nope/nope' cannot be loaded"),
+        ({"reward_funcs": [f"{MODULE}.by_column"]}, "'by_column' needs 'longest', which is no column of the data"),
+        ({"reward_funcs": [f"{MODULE}.without_kwargs"]}, "end its parameters with `**kwargs`."),
         ({"reward_funcs": [{"name": "max_length"}]}, "missing a required argument: 'characters'"),
         ({"target": "constrain"}, "Unknown target 'constrain'"),
         ({"target": {"name": "tilt", "betta": 1}}, "'betta'"),
@@ -322,6 +330,11 @@ def test_a_bad_recipe_is_refused(changes: dict[str, Any], message: str, refused:
     Path("broken.jsonl").write_text('{"prompt": "a"\n')
     Path("questions.csv").write_text("question\nwhy\n")
     assert message in refused(changes)
+
+
+def test_a_machine_without_a_gpu_is_told_the_flag(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    assert "add `--use_cpu` (`use_cpu: true` in a recipe)" in refused({"use_cpu": False, "bf16": True})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from transformers import LlamaForSequenceClassification, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_bayes.rewards import length_between
-from trl_bayes.rewards.calling import call_rewards, check_columns, refuse_same_names, reward_name, reward_names
+from trl_bayes.rewards.calling import (
+    call_rewards,
+    check_columns,
+    check_reward_arguments,
+    refuse_same_names,
+    reward_name,
+    reward_names,
+)
 
 
 def plain(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -156,3 +163,21 @@ def test_columns_that_are_the_policys_own() -> None:
     check_columns(["prompt", "completion", "answer"])
     with pytest.raises(ValueError, match="The data has a column 'completions'"):
         check_columns(["prompt", "completions"])
+
+
+def test_what_a_function_cannot_be_called_with() -> None:
+    def all_of_it(completions: Any, longest: Any, **kwargs: Any) -> None: ...
+
+    def by_default(completions: Any, longest: Any = 3, environments: Any = None, **kwargs: Any) -> None: ...
+
+    def without_kwargs(completions: Any) -> None: ...
+
+    def every_name(prompts, completions, completion_ids, longest, trainer_state, log_extra, log_metric): ...  # type: ignore
+
+    check_reward_arguments(["a/model", all_of_it, by_default, every_name, max], ["prompt", "completion", "longest"])
+    check_reward_arguments([by_default, functools.partial(all_of_it, longest=2)], ["prompt"])
+    check_reward_arguments([without_kwargs, all_of_it], None)  # a stream
+    with pytest.raises(ValueError, match=r"'all_of_it' needs 'longest', which is no column.*it has \['length'\]"):
+        check_reward_arguments([all_of_it], ["prompt", "length"])
+    with pytest.raises(ValueError, match="'without_kwargs' takes no 'completion_ids'.*with `\\*\\*kwargs`"):
+        check_reward_arguments([by_default, without_kwargs], ["prompt"])

@@ -2,13 +2,17 @@
 
 import importlib.util
 
+from trl import ModelConfig
+
+from ..trainers.posterior_config import PosteriorConfig
+
 
 def require_extra(package: str, what: str) -> None:
     """
     Refuses what needs an optional package where it is not installed.
 
     Args:
-        package (`str`): `"peft"` or `"deepspeed"`, which is the name of the extra too.
+        package (`str`): `"peft"`, `"deepspeed"` or `"vllm"`, which is the name of the extra too.
         what (`str`): what needs it, as the beginning of a sentence.
 
     Raises:
@@ -19,3 +23,29 @@ def require_extra(package: str, what: str) -> None:
             f"{what} needs the package {package}, which is not installed: "
             f'`pip install "trl_bayes[{package}]"`, or `pip install ".[{package}]"` in a clone.'
         )
+
+
+def check_extras(model: ModelConfig, training: PosteriorConfig) -> None:
+    """
+    Refuses fields of a recipe that need an optional package which is not installed.
+
+    Args:
+        model ([`~trl.ModelConfig`]): adapters and quantization.
+        training ([`PosteriorConfig`]): vLLM and kernels.
+
+    Raises:
+        ImportError: one sentence.
+    """
+    if model.use_peft:
+        require_extra("peft", "`use_peft`")
+    if training.use_vllm:
+        require_extra("vllm", "`use_vllm`")
+    for field, wanted, package in (
+        ("load_in_4bit", model.load_in_4bit, "bitsandbytes"),
+        ("load_in_8bit", model.load_in_8bit, "bitsandbytes"),
+        ("use_liger_kernel", training.use_liger_kernel, "liger-kernel"),
+    ):
+        if wanted and importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise ImportError(
+                f"`{field}` needs the package {package}, which is not installed: `pip install {package}`."
+            )

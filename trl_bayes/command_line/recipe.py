@@ -141,6 +141,13 @@ def _objects(parser: RecipeParser, own_args: Sequence[str]) -> list[Any]:
         return list(parser.parse_args_into_dataclasses(list(own_args)))[:4]  # then what no dataclass has
     except json.JSONDecodeError as error:
         raise ValueError(_no_json(error)) from None
+    except ValueError as error:
+        if "bf16/gpu" in str(error):  # the message of transformers names neither flag nor recipe
+            raise ValueError(
+                "This machine has no accelerator that torch can use in bf16, the default: add `--use_cpu` (`use_cpu: "
+                "true` in a recipe) to train on the CPU, or `--bf16 false` on an older GPU."
+            ) from None
+        raise
     except TypeError as error:  # an unknown entry of one of `datasets`
         raise ValueError(f"A value is not as its field wants it: {error}.") from None
 

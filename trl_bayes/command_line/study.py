@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..language_models.prompts import check_prompts
 from ..language_models.settings import SamplingSettings
-from ..rewards.calling import NOT_PASSED_ON
+from ..rewards.calling import NOT_PASSED_ON, check_reward_arguments
 from ..targets import Target, build_target
 from ..trainers.posterior_config import PosteriorConfig
 from .arguments import Arguments, StudyArguments
@@ -74,6 +74,7 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
         raise ValueError(f"The target {target!r} reads rewards: give at least one reward function.")
     target.bind(names, weights)
     rows, num_rows = _rows(args, arguments)
+    check_reward_arguments(rewards, list(rows[0]))
     settings = {**loading_arguments(arguments.model, training), "revision": revision}
     tokenizer = load_tokenizer(name, settings)
     is_policys = training.prior_model_name_or_path is None

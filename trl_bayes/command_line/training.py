@@ -17,12 +17,14 @@ from trl import get_peft_config, get_quantization_config
 
 from ..language_models.adapters import base_of_adapter
 from ..prior import PriorSamplesError
+from ..rewards.calling import check_reward_arguments
 from ..targets import build_target
 from ..trainers.checkpoints import check_same_run, run_identity, state_file
 from ..trainers.posterior_config import PosteriorConfig
 from ..trainers.posterior_trainer import PosteriorTrainer
 from .arguments import Arguments
 from .data import hub_dataset, load_data, select_split
+from .extras import check_extras
 from .folders import prepare_folder
 from .launch import already_launched, launch
 from .models import find_config, load_tokenizer, load_trainable_adapter, loading_arguments, model_path
@@ -136,12 +138,14 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
     rewards, _ = find_rewards(script)
     if not rewards:
         raise ValueError("`reward_funcs` is missing: name at least one reward function or reward model.")
+    check_extras(model, training)
     settings = loading_arguments(model, training)
     _check_models(model_path(model.model_name_or_path), settings, training)
     check_reward_models(rewards, arguments)
     _check_trackers(training)
     dataset = load_data(arguments)
     train_dataset = select_split(dataset, script.dataset_train_split, script)
+    check_reward_arguments(rewards, ["prompt"] if training.remove_unused_columns else train_dataset.column_names)
     eval_dataset = None
     if training.eval_strategy != "no":
         eval_dataset = select_split(dataset, script.dataset_test_split, script)
@@ -189,7 +193,10 @@ def _policy(name: str, arguments: Arguments, rewards: Sequence[Any]) -> dict[str
 def _check_trackers(args: PosteriorConfig) -> None:
     missing = sorted({*cast("list[str]", args.report_to)} - {*get_available_reporting_integrations()})
     if missing:
-        raise ValueError(f"`report_to` names {missing}, not installed or unknown: install it, or set another.")
+        raise ValueError(
+            f"`report_to` names {missing}, not installed or unknown: `pip install {' '.join(missing)}`, or set "
+            "`report_to` to `none` or one of those that are installed."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

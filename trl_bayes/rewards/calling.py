@@ -6,6 +6,7 @@ instances with `__call__`, each of them sync or async, with the arguments that T
 
 import asyncio
 import functools
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ NOT_PASSED_ON = ("prompt", "completion", "completion_ids")
 """Columns of the data that TRL does not hand to reward functions, which have these from the policy."""
 
 _TAKEN = ("prompts", "completions")  # what else reward functions have from the policy
+_ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric")  # by TRL, besides these and the columns
+_SOMETIMES_ADDED = {"environments"}
 
 
 def reward_name(reward: RewardFunction | torch.nn.Module | str) -> str:
@@ -84,6 +87,48 @@ def check_columns(columns: Sequence[str] | None) -> None:
         raise ValueError(
             f"The data has a column {taken[0]!r}, which is what reward functions call the policy's own: rename it."
         )
+
+
+def check_reward_arguments(rewards: Sequence[RewardFunction | str], columns: Sequence[str] | None) -> None:
+    """
+    Refuses reward functions that cannot be called with what they will be given, before a model is loaded for them.
+
+    Args:
+        rewards (`list`): functions; ids and folders of reward models are passed over.
+        columns (`list[str]`, *optional*): of the data; a stream may not know them, then nothing is refused.
+
+    Raises:
+        ValueError: a function needs what is no column, or cannot take what every function is given; one sentence.
+    """
+    if columns is None:
+        return
+    passed_on = [name for name in columns if name not in NOT_PASSED_ON]
+    for reward in rewards:
+        if not isinstance(reward, str) and (problem := _why_not_callable(reward, passed_on)):
+            raise ValueError(f"The reward {reward_name(reward)!r} {problem}")
+
+
+def _why_not_callable(reward: RewardFunction, passed_on: Sequence[str]) -> str | None:
+    """What is wrong with the parameters of a function that is given everything by name."""
+    try:
+        parameters = list(inspect.signature(reward).parameters.values())
+    except (TypeError, ValueError):  # written in C: it does not say
+        return None
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    given = {*passed_on, *_TAKEN, *_ADDED}
+    needed = [name for name, p in named.items() if p.default is p.empty]
+    if missing := [name for name in needed if name not in given | _SOMETIMES_ADDED]:
+        return (
+            f"needs {missing[0]!r}, which is no column of the data (beside the prompt it has {passed_on}): add it to "
+            "the data, or give the parameter a default."
+        )
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not takes_any and (refused := sorted(given - named.keys())):
+        return (
+            f"takes no {refused[0]!r}, but every reward function is given prompts, completions, their tokens and all "
+            "columns by name: end its parameters with `**kwargs`."
+        )
+    return None
 
 
 def call_rewards(
