@@ -59,8 +59,17 @@ class Partition(ABC):
     def update(self, group: Group) -> None:  # noqa: B027 - most remember nothing
         """Takes notice of a group that has been trained on."""
 
-    def latest(self, keys: torch.Tensor) -> torch.Tensor | None:
-        """`log Z` of some prompts `(B,)` by now, if training changes it; `None` where it does not."""
+    def of_reused(self, keys: torch.Tensor, log_weights: torch.Tensor) -> LogZ | None:
+        """
+        `log Z` by now for completions that [`~Partition.update`] has seen, if training changes it; `None` where not.
+
+        Args:
+            keys (`torch.Tensor`): of their prompts, `(B,)`.
+            log_weights (`torch.Tensor`): their own, as they were when they were sampled, `(B,)`.
+
+        Returns:
+            [`LogZ`]: every field `(B,)`.
+        """
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,6 +141,21 @@ class Running(Partition):
             past_log_sum, past_count = self._past.get(key, (NEG_INF, 0.0))
             self._past[key] = (_log_add(past_log_sum, log_sum), past_count + count)
         self._told.update(_keys(group)[group.tells_z].tolist())
+
+    def of_reused(self, keys: torch.Tensor, log_weights: torch.Tensor) -> LogZ:
+        """
+        The mean of all weights of the prompt but the completion's own, `Z_{-i} = (S - w_i) / (N - 1)`.
+
+        With its own weight in it a completion of large weight would count for too little. As for fresh ones it is at
+        least half of the mean of all, see [`~trl_bayes.groups.bounded_leave_one_out_log_z`].
+        """
+        log_sum, count = self.past(keys)
+        pooled = self.latest(keys)
+        share = (log_weights.to(log_sum) - log_sum).clamp(max=0.0).exp()  # w_i / S, but for rounding at most 1
+        others = log_sum + torch.log1p(-share) - (count - 1).log()
+        others = torch.where((count > 1) & pooled.isfinite(), others, pooled)
+        told = torch.tensor([key in self._told for key in keys.tolist()], device=keys.device)
+        return LogZ(torch.maximum(others, pooled - math.log(2)), pooled, told)
 
     def latest(self, keys: torch.Tensor) -> torch.Tensor:
         """The estimate `log Z` of some prompts, shape `(B,)`, in nats; `-inf` where nothing is known."""
