@@ -116,8 +116,8 @@ class Running(Partition):
         weights, valid = group.log_weights, group.valid
         past = self.past(_keys(group))
         pooled = pooled_log_z(weights, valid, *past)
-        told = torch.tensor([key in self._told for key in _keys(group).tolist()], device=pooled.device)
-        return LogZ(bounded_leave_one_out_log_z(weights, valid, *past), pooled, told)
+        of_completion = bounded_leave_one_out_log_z(weights, valid, *past)
+        return LogZ(of_completion, pooled, self._is_told(_keys(group)))
 
     def past(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -129,9 +129,10 @@ class Running(Partition):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: log sum of past weights (`-inf` if none), their number; both `(P,)`.
         """
-        found = [self._past.get(key, (NEG_INF, 0.0)) for key in keys.tolist()]
-        log_sum, count = zip(*found, strict=True)
-        return torch.tensor(log_sum, device=keys.device), torch.tensor(count, device=keys.device)
+        distinct, place = keys.unique(return_inverse=True)
+        found = [self._past.get(key, (NEG_INF, 0.0)) for key in distinct.tolist()]
+        log_sum, count = torch.tensor(found, device=keys.device)[place].unbind(dim=1)
+        return log_sum, count
 
     def update(self, group: Group) -> None:
         """Adds a group's importance weights to each prompt. A prompt may occur more than once."""
@@ -150,17 +151,20 @@ class Running(Partition):
         least half of the mean of all, see [`~trl_bayes.groups.bounded_leave_one_out_log_z`].
         """
         log_sum, count = self.past(keys)
-        pooled = self.latest(keys)
+        pooled = torch.where(count > 0, log_sum - count.log(), NEG_INF)
         share = (log_weights.to(log_sum) - log_sum).clamp(max=0.0).exp()  # w_i / S, but for rounding at most 1
         others = log_sum + torch.log1p(-share) - (count - 1).log()
         others = torch.where((count > 1) & pooled.isfinite(), others, pooled)
-        told = torch.tensor([key in self._told for key in keys.tolist()], device=keys.device)
-        return LogZ(torch.maximum(others, pooled - math.log(2)), pooled, told)
+        return LogZ(torch.maximum(others, pooled - math.log(2)), pooled, self._is_told(keys))
 
     def latest(self, keys: torch.Tensor) -> torch.Tensor:
         """The estimate `log Z` of some prompts, shape `(B,)`, in nats; `-inf` where nothing is known."""
         log_sum, count = self.past(keys)
         return torch.where(count > 0, log_sum - count.log(), NEG_INF)
+
+    def _is_told(self, keys: torch.Tensor) -> torch.Tensor:
+        distinct, place = keys.unique(return_inverse=True)
+        return torch.tensor([key in self._told for key in distinct.tolist()], device=keys.device)[place]
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state as lists, for a checkpoint."""

@@ -46,7 +46,6 @@ from trl_bayes.estimators import (
     PolicyGradient,
     ScoreFunction,
     TrajectoryBalance,
-    divergence_estimates,
     importance_coefficient,
     leave_one_out_baseline,
     leave_one_out_mean,
@@ -504,45 +503,6 @@ def test_effective_sample_size_is_kish_s() -> None:
     )
 
 
-# --- where the policy stands ---------------------------------------------------------------------------------------
-
-
-@both_proposals
-@pytest.mark.parametrize("where", SPACES)
-def test_divergence_estimates_are_unbiased(where: str, log_q: Tensor) -> None:
-    target, groups = SPACES[where], all_groups(3, log_q)
-    y = groups.outcomes
-    log_z = target.log_z.expand(len(y))
-    estimates = divergence_estimates(
-        LOG_POLICY[y], LOG_PRIOR[y], target.log_target[y], log_q[y], log_z, everything_valid(y)
-    )
-    kl_prior = (LOG_POLICY.exp() * (LOG_POLICY - LOG_PRIOR)).sum()
-    assert_equal(groups.expectation(estimates.kl_prior), kl_prior)
-    assert_equal(groups.expectation(estimates.forward_kl), forward_kl(target)(LOG_POLICY))
-    if where == "soft":
-        assert_equal(groups.expectation(estimates.reverse_kl), reverse_kl(target)(LOG_POLICY))
-    else:
-        outside = target.log_target[y].isneginf().any(dim=1)
-        assert torch.equal(estimates.reverse_kl.isnan(), outside)
-    per_sample = divergence_estimates(
-        LOG_POLICY[y], LOG_PRIOR[y], target.log_target[y], log_q[y], target.log_z.expand(y.shape), everything_valid(y)
-    )
-    torch.testing.assert_close(per_sample, estimates, equal_nan=True)
-
-
-def test_divergence_estimates_are_nan_where_there_is_none() -> None:
-    pi, prior = torch.full((5, 2), -2.0), torch.full((5, 2), -2.5)
-    log_p = torch.tensor([[-3.0, -2.0], [-3.0, -INF], [-INF, -INF], [-3.0, -2.0], [-3.0, -2.0]])
-    log_z = torch.tensor([0.1, 0.1, -INF, 0.1, torch.nan])
-    valid = torch.ones(5, 2, dtype=torch.bool)
-    valid[3] = False
-    estimates = divergence_estimates(pi, prior, log_p, pi, log_z, valid)
-    assert estimates.kl_prior.isnan().tolist() == [False, False, False, True, False]
-    assert estimates.reverse_kl.isnan().tolist() == [False, True, True, True, True]
-    assert estimates.forward_kl.isnan().tolist() == [False, False, True, True, True]
-    assert estimates.kl_prior[:2].tolist() == pytest.approx([0.5, 0.5])
-
-
 # --- properties ----------------------------------------------------------------------------------------------------
 
 
@@ -578,12 +538,11 @@ def everything(batch: Batch, name: str = "jensen_shannon") -> dict[str, Tensor]:
     per_group = {
         "group_log_z": pooled_log_z(weights, valid),
         "ess": effective_sample_size(weights, valid),
-        **divergence_estimates(pi, batch.log_prior, log_p, log_q, pooled_log_z(weights, valid), valid)._asdict(),
     }
     return {name: values.masked_fill(~usable, 0.0) for name, values in per_sample.items()} | per_group
 
 
-PER_GROUP = ("group_log_z", "ess", "kl_prior", "reverse_kl", "forward_kl")
+PER_GROUP = ("group_log_z", "ess")
 
 
 @st.composite
