@@ -147,8 +147,9 @@ class Running(Partition):
         """
         The mean of all weights of the prompt but the completion's own, `Z_{-i} = (S - w_i) / (N - 1)`.
 
-        With its own weight in it a completion of large weight would count for too little. As for fresh ones it is at
-        least half of the mean of all, see [`~trl_bayes.groups.bounded_leave_one_out_log_z`].
+        With its own weight in it a completion of large weight would count for too little. It is at least half of the
+        mean of all, as [`~trl_bayes.groups.bounded_leave_one_out_log_z`] is of fresh ones at least 3/4: weights of
+        replayed ones differ at the posterior too, where the bound is all the bias that there is.
         """
         log_sum, count = self.past(keys)
         pooled = torch.where(count > 0, log_sum - count.log(), NEG_INF)

@@ -278,12 +278,12 @@ def relative_bias(
 
 
 BIAS = {
-    ("f_dpg:jensen_shannon", "soft"): (0.0224, 0.0101, 0.0048),
-    ("f_dpg:jensen_shannon", "hard"): (0.0679, 0.0266, 0.0117),
-    ("f_dpg:forward_kl", "soft"): (0.0903, 0.0403, 0.0189),
-    ("f_dpg:forward_kl", "hard"): (0.1683, 0.0736, 0.0307),
-    ("dpg", "soft"): (0.0903, 0.0403, 0.0189),
-    ("dpg", "hard"): (0.1625, 0.0736, 0.0307),
+    ("f_dpg:jensen_shannon", "soft"): (0.0213, 0.0100, 0.0048),
+    ("f_dpg:jensen_shannon", "hard"): (0.0693, 0.0260, 0.0117),
+    ("f_dpg:forward_kl", "soft"): (0.0683, 0.0397, 0.0189),
+    ("f_dpg:forward_kl", "hard"): (0.0989, 0.0677, 0.0307),
+    ("dpg", "soft"): (0.0767, 0.0396, 0.0189),
+    ("dpg", "hard"): (0.1007, 0.0664, 0.0307),
 }
 
 
@@ -294,12 +294,12 @@ def test_bias_of_the_leave_one_out_evidence(estimator: str, where: str) -> None:
 
     | estimator          | target | G = 4 | G = 8 | G = 16 |
     |--------------------|--------|-------|-------|--------|
-    | f-DPG, JS          | soft   | .0224 | .0101 | .0048  |
-    | f-DPG, JS          | hard   | .0679 | .0266 | .0117  |
-    | f-DPG, forward KL  | soft   | .0903 | .0403 | .0189  |
-    | f-DPG, forward KL  | hard   | .1683 | .0736 | .0307  |
-    | DPG                | soft   | .0903 | .0403 | .0189  |
-    | DPG                | hard   | .1625 | .0736 | .0307  |
+    | f-DPG, JS          | soft   | .0213 | .0100 | .0048  |
+    | f-DPG, JS          | hard   | .0693 | .0260 | .0117  |
+    | f-DPG, forward KL  | soft   | .0683 | .0397 | .0189  |
+    | f-DPG, forward KL  | hard   | .0989 | .0677 | .0307  |
+    | DPG                | soft   | .0767 | .0396 | .0189  |
+    | DPG                | hard   | .1007 | .0664 | .0307  |
 
     The baseline must use the sample's own leave-one-out Z for all siblings: with the siblings' Z, which contain the
     sample, the figures of the first row are .3645, .1551 and .0718.
@@ -307,7 +307,8 @@ def test_bias_of_the_leave_one_out_evidence(estimator: str, where: str) -> None:
     figures = [relative_bias(estimator, where, group_size) for group_size in (4, 8, 16)]
     biases = [bias for bias, _ in figures]
     assert biases == pytest.approx(BIAS[estimator, where], abs=6e-5)
-    assert all(1.9 < bias / half < 2.8 for bias, half in itertools.pairwise(biases))
+    assert all(1.4 < bias / half < 2.8 for bias, half in itertools.pairwise(biases))  # at 4 the bound acts often
+    assert 1.9 < biases[1] / biases[2]
     assert all(cosine > 0.994 for _, cosine in figures)
 
 
@@ -386,18 +387,18 @@ def test_leave_one_out_does_not_depend_on_the_sample_itself() -> None:
     assert (difference[0, [0, 2, 3]] > 0).all()
 
 
-def test_sole_evidence_is_compared_with_half_of_what_includes_it() -> None:
+def test_sole_evidence_is_compared_with_most_of_what_includes_it() -> None:
     weights = torch.tensor([[-INF, 0.5, -INF, -INF], [-INF, -INF, -INF, -INF], [2.0, 0.5, 1.0, 3.0]])
     valid = torch.ones(3, 4, dtype=torch.bool)
     valid[2] = torch.tensor([False, True, False, False])
     log_z = bounded_leave_one_out_log_z(weights, valid)
-    expected = [0.5 - math.log(3), 0.5 - math.log(4) - math.log(2), 0.5 - math.log(3), 0.5 - math.log(3)]
+    expected = [0.5 - math.log(3), 0.5 - math.log(4) + math.log(3 / 4), 0.5 - math.log(3), 0.5 - math.log(3)]
     assert log_z[0].tolist() == pytest.approx(expected)
     assert (log_z[1] == -INF).all()
     assert log_z[2].tolist() == pytest.approx([0.5] * 4)  # the only valid one, also in its siblings' eyes
     # With a past the sample is not the sole evidence: it is left out again
-    pooled = bounded_leave_one_out_log_z(weights[:1], valid[:1], torch.tensor([1.0]), torch.tensor([5.0]))
-    assert pooled[0, 1].item() == pytest.approx(1.0 - math.log(8))
+    pooled = bounded_leave_one_out_log_z(weights[:1], valid[:1], torch.tensor([2.0]), torch.tensor([5.0]))
+    assert pooled[0, 1].item() == pytest.approx(2.0 - math.log(8))
 
 
 def test_no_evidence_is_minus_infinity() -> None:

@@ -1,5 +1,6 @@
 """The replay buffer: what goes in comes out, without padding in between, and joins a batch of another length."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers.outcomes import LOG_PRIOR, SOFT, all_groups, divergence_of, group_gradient
 from trl_bayes.estimators import Estimator, ImportanceWeights, ScoreFunction
-from trl_bayes.groups import Group, bounded_leave_one_out_log_z, pooled_log_z
+from trl_bayes.groups import Group, leave_one_out_log_z, pooled_log_z
 from trl_bayes.partitions import Running
 from trl_bayes.trainers.replay_buffer import ReplayBuffer, append_rows, refresh
 
@@ -261,12 +262,13 @@ def test_bias_of_replay_with_a_running_z(name: str, group_size: int, expected: f
 
 def test_replayed_and_fresh_are_compared_with_the_same_z() -> None:
     """A group right after it was seen: the running log Z without each completion is its leave-one-out estimate."""
-    partition, phi = Running(), torch.tensor([[3.0, 0.0, -1.0, 0.5], [9.0, 0.0, 0.0, -torch.inf]])
+    partition, phi = Running(), torch.tensor([[1.0, 0.0, -1.0, 0.5], [9.0, 0.0, 0.0, -torch.inf]])
     zeros, keys = torch.zeros_like(phi), torch.tensor([1, 2])
     group = Group(zeros, zeros, zeros, phi, keys)
     partition.update(group)
     log_z = partition.of_reused(keys.repeat_interleave(4), phi.flatten())
-    expected = bounded_leave_one_out_log_z(phi, torch.ones_like(phi, dtype=torch.bool))
+    expected = leave_one_out_log_z(phi, group.valid)
+    expected[1, 0] = pooled_log_z(phi, group.valid)[1] - math.log(2)  # it has nearly all of the weight
     torch.testing.assert_close(log_z.of_completion.view(2, 4), expected)
     torch.testing.assert_close(log_z.of_prompt, pooled_log_z(phi, group.valid).repeat_interleave(4))
     assert log_z.is_informed.all()
