@@ -97,6 +97,13 @@ def test_seeds_are_independent_trainings() -> None:
     assert Ablation(PROBLEM, 3, BUDGET).train(METHODS["DPG, replay 3"]) == outcome
 
 
+@pytest.mark.parametrize(("half", "exact"), [(1, [True, False]), (2, [False, True]), (None, [False, False])])
+def test_which_half_has_no_noise(half: int | None, exact: list[bool]) -> None:
+    method = Method("some", "reverse_kl", "policy_gradient", exact_half=half)
+    assert [method.is_exact(share) for share in (0.49, 0.5)] == exact
+    assert limit_of("reverse_kl").is_exact(0.7)
+
+
 def test_the_tasks_are_what_their_names_say() -> None:
     problems = ablation_problems()
     assert len(problems) >= 6

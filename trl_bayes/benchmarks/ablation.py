@@ -121,7 +121,7 @@ def _limits(rows: Sequence[Row]) -> str:
     found = {(row.problem, row.method): row.forward_kl[0] for row in rows}
     lines = [f"| limit, KL(p‖π) | {' | '.join(problems)} |", f"|---|{'---|' * len(problems)}"]
     for name, divergence in names.items():
-        cells = [f"{found[problem, name]:.4f}" if (problem, name) in found else "" for problem in problems]
+        cells = [f"{found[problem, name]:.2g}" if (problem, name) in found else "" for problem in problems]
         lines.append(f"| {divergence} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

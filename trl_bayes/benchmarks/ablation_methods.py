@@ -20,6 +20,7 @@ class Method:
         replay_ratio (`int`): replayed completions for each fresh one.
         prior_fraction (`float`): share of each group that the prior draws.
         self_normalized (`bool`): `Z` is the group's own mean weight.
+        exact_half (`int`, *optional*): 1 or 2, the half of the steps in which the gradient is exact.
     """
 
     name: str
@@ -28,6 +29,11 @@ class Method:
     replay_ratio: int = 0
     prior_fraction: float = 0.0
     self_normalized: bool = False
+    exact_half: int | None = None
+
+    def is_exact(self, share: float) -> bool:
+        """Whether the step has no noise after which this share of the steps is done."""
+        return self.kind == "exact" or self.exact_half == (1 if share < 0.5 else 2)
 
     @property
     def f(self) -> Divergence:
@@ -65,4 +71,6 @@ def methods() -> list[Method]:
         Method("DPG, replay 3, self-normalized Z", forward, "importance", 3, self_normalized=True),
         Method("KL-RL, share of Rao-Blackwellized", reverse, "adaptive"),
         Method("KL-RL, baseline by score length", reverse, "energy"),
+        Method("KL-RL, exact in the first half", reverse, "policy_gradient", exact_half=1),
+        Method("KL-RL, exact in the second half", reverse, "policy_gradient", exact_half=2),
     ]

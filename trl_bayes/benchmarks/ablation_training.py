@@ -76,18 +76,16 @@ class Ablation:
         """Adam with a learning rate that falls to 0, and clipping as the trainers' default, for each seed."""
         policies, budget = self.policies(), self.budget
         optimizer = torch.optim.Adam(policies.parameters(), lr=budget.learning_rate)
-        step_of = (
-            Sampled(self, method, seed).loss
-            if method.kind != "exact"
-            else lambda table: exact_loss_of(self, method, table)
-        )
+        sampled = Sampled(self, method, seed)
         mean: list[Tensor] = [torch.zeros_like(weight) for weight in policies.parameters()]
         last = budget.steps // 4
         for step in range(budget.steps):
             for group in optimizer.param_groups:
                 group["lr"] = budget.learning_rate * (1 - step / budget.steps)
             optimizer.zero_grad()
-            step_of(policies()).backward()
+            table = policies()
+            exact = method.is_exact(step / budget.steps)
+            (exact_loss_of(self, method, table) if exact else sampled.loss(table)).backward()
             _clip(list(policies.parameters()), 1.0)
             optimizer.step()
             if step >= budget.steps - last:
