@@ -59,8 +59,17 @@ class Partition(ABC):
     def update(self, group: Group) -> None:  # noqa: B027 - most remember nothing
         """Takes notice of a group that has been trained on."""
 
-    def latest(self, keys: torch.Tensor) -> torch.Tensor | None:
-        """`log Z` of some prompts `(B,)` by now, if training changes it; `None` where it does not."""
+    def of_reused(self, keys: torch.Tensor, log_weights: torch.Tensor) -> LogZ | None:
+        """
+        `log Z` by now for completions that [`~Partition.update`] has seen, if training changes it; `None` where not.
+
+        Args:
+            keys (`torch.Tensor`): of their prompts, `(B,)`.
+            log_weights (`torch.Tensor`): their own, as they were when they were sampled, `(B,)`.
+
+        Returns:
+            [`LogZ`]: every field `(B,)`.
+        """
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,8 +116,8 @@ class Running(Partition):
         weights, valid = group.log_weights, group.valid
         past = self.past(_keys(group))
         pooled = pooled_log_z(weights, valid, *past)
-        told = torch.tensor([key in self._told for key in _keys(group).tolist()], device=pooled.device)
-        return LogZ(bounded_leave_one_out_log_z(weights, valid, *past), pooled, told)
+        of_completion = bounded_leave_one_out_log_z(weights, valid, *past)
+        return LogZ(of_completion, pooled, self._is_told(_keys(group)))
 
     def past(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -120,9 +129,10 @@ class Running(Partition):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: log sum of past weights (`-inf` if none), their number; both `(P,)`.
         """
-        found = [self._past.get(key, (NEG_INF, 0.0)) for key in keys.tolist()]
-        log_sum, count = zip(*found, strict=True)
-        return torch.tensor(log_sum, device=keys.device), torch.tensor(count, device=keys.device)
+        distinct, place = keys.unique(return_inverse=True)
+        found = [self._past.get(key, (NEG_INF, 0.0)) for key in distinct.tolist()]
+        log_sum, count = torch.tensor(found, device=keys.device)[place].unbind(dim=1)
+        return log_sum, count
 
     def update(self, group: Group) -> None:
         """Adds a group's importance weights to each prompt. A prompt may occur more than once."""
@@ -133,10 +143,29 @@ class Running(Partition):
             self._past[key] = (_log_add(past_log_sum, log_sum), past_count + count)
         self._told.update(_keys(group)[group.tells_z].tolist())
 
+    def of_reused(self, keys: torch.Tensor, log_weights: torch.Tensor) -> LogZ:
+        """
+        The mean of all weights of the prompt but the completion's own, `Z_{-i} = (S - w_i) / (N - 1)`.
+
+        With its own weight in it a completion of large weight would count for too little. It is at least half of the
+        mean of all, as [`~trl_bayes.groups.bounded_leave_one_out_log_z`] is of fresh ones at least 3/4: weights of
+        replayed ones differ at the posterior too, where the bound is all the bias that there is.
+        """
+        log_sum, count = self.past(keys)
+        pooled = torch.where(count > 0, log_sum - count.log(), NEG_INF)
+        share = (log_weights.to(log_sum) - log_sum).clamp(max=0.0).exp()  # w_i / S, but for rounding at most 1
+        others = log_sum + torch.log1p(-share) - (count - 1).log()
+        others = torch.where((count > 1) & pooled.isfinite(), others, pooled)
+        return LogZ(torch.maximum(others, pooled - math.log(2)), pooled, self._is_told(keys))
+
     def latest(self, keys: torch.Tensor) -> torch.Tensor:
         """The estimate `log Z` of some prompts, shape `(B,)`, in nats; `-inf` where nothing is known."""
         log_sum, count = self.past(keys)
         return torch.where(count > 0, log_sum - count.log(), NEG_INF)
+
+    def _is_told(self, keys: torch.Tensor) -> torch.Tensor:
+        distinct, place = keys.unique(return_inverse=True)
+        return torch.tensor([key in self._told for key in distinct.tolist()], device=keys.device)[place]
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state as lists, for a checkpoint."""

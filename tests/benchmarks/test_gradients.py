@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from trl_bayes import cli
+from trl_bayes.benchmarks import gradient_successes
 from trl_bayes.benchmarks.exact_training import ExactProblem
 from trl_bayes.benchmarks.gradient_estimators import SEQUENCE_LEVEL, ScoredGroup, candidates, mixture, with_past
 from trl_bayes.benchmarks.gradient_moments import gradient_moments
 from trl_bayes.benchmarks.gradient_scenes import path
 from trl_bayes.benchmarks.gradients import GradientsArguments, best_share, measure_at
 from trl_bayes.benchmarks.tiny import EnumerableTask
+from trl_bayes.divergences import get_divergence
+from trl_bayes.estimators import ImportanceWeights, ScoreFunction
 
 
 def test_moments_of_draws_whose_moments_are_known() -> None:
@@ -118,3 +121,29 @@ def test_refusals() -> None:
         GradientsArguments(problems=["leters"])
     with pytest.raises(ValueError, match="`draws` must be at least 4"):
         GradientsArguments(draws=2)
+
+
+@pytest.mark.parametrize("rate", gradient_successes.RATES)
+def test_errors_of_the_first_visit_are_at_most_1_2_times_those_with_the_true_z(rate: float) -> None:
+    """Rewards of 0 and 1 at beta = 0.1, whole groups of 16: for the estimators that need a Z."""
+    ours = gradient_successes.RULES["at least 3/4 of the group's Z (ours)"]
+    for estimator in (
+        ImportanceWeights(get_divergence("forward_kl")),
+        ScoreFunction(get_divergence("jensen_shannon")),
+    ):
+        best = gradient_successes.squared_error(estimator, rate, gradient_successes.known)
+        assert best.squared_bias < 1e-20
+        assert gradient_successes.squared_error(estimator, rate, ours).of() < 1.2 * best.of()
+
+
+def test_the_squared_error_with_the_true_z_by_hand() -> None:
+    """DPG's coefficient is 1 - w/Z of a success and of a failure, so that completions are independent."""
+    rate, size = 0.1, 5
+    z = rate * math.exp(gradient_successes.PHI) + 1 - rate
+    values = [(1 - math.exp(gradient_successes.PHI) / z) * (1 - rate), (1 - 1 / z) * -rate]
+    mean = rate * values[0] + (1 - rate) * values[1]
+    variance = (rate * values[0] ** 2 + (1 - rate) * values[1] ** 2 - mean**2) / size
+    estimator = ImportanceWeights(get_divergence("forward_kl"))
+    found = gradient_successes.squared_error(estimator, rate, gradient_successes.known, size)
+    assert found.of() == pytest.approx(variance)
+    assert found.of(4) == pytest.approx(variance / 4)

@@ -46,7 +46,6 @@ from trl_bayes.estimators import (
     PolicyGradient,
     ScoreFunction,
     TrajectoryBalance,
-    divergence_estimates,
     importance_coefficient,
     leave_one_out_baseline,
     leave_one_out_mean,
@@ -279,12 +278,12 @@ def relative_bias(
 
 
 BIAS = {
-    ("f_dpg:jensen_shannon", "soft"): (0.0224, 0.0101, 0.0048),
-    ("f_dpg:jensen_shannon", "hard"): (0.0679, 0.0266, 0.0117),
-    ("f_dpg:forward_kl", "soft"): (0.0903, 0.0403, 0.0189),
-    ("f_dpg:forward_kl", "hard"): (0.1683, 0.0736, 0.0307),
-    ("dpg", "soft"): (0.0903, 0.0403, 0.0189),
-    ("dpg", "hard"): (0.1625, 0.0736, 0.0307),
+    ("f_dpg:jensen_shannon", "soft"): (0.0213, 0.0100, 0.0048),
+    ("f_dpg:jensen_shannon", "hard"): (0.0693, 0.0260, 0.0117),
+    ("f_dpg:forward_kl", "soft"): (0.0683, 0.0397, 0.0189),
+    ("f_dpg:forward_kl", "hard"): (0.0989, 0.0677, 0.0307),
+    ("dpg", "soft"): (0.0767, 0.0396, 0.0189),
+    ("dpg", "hard"): (0.1007, 0.0664, 0.0307),
 }
 
 
@@ -295,12 +294,12 @@ def test_bias_of_the_leave_one_out_evidence(estimator: str, where: str) -> None:
 
     | estimator          | target | G = 4 | G = 8 | G = 16 |
     |--------------------|--------|-------|-------|--------|
-    | f-DPG, JS          | soft   | .0224 | .0101 | .0048  |
-    | f-DPG, JS          | hard   | .0679 | .0266 | .0117  |
-    | f-DPG, forward KL  | soft   | .0903 | .0403 | .0189  |
-    | f-DPG, forward KL  | hard   | .1683 | .0736 | .0307  |
-    | DPG                | soft   | .0903 | .0403 | .0189  |
-    | DPG                | hard   | .1625 | .0736 | .0307  |
+    | f-DPG, JS          | soft   | .0213 | .0100 | .0048  |
+    | f-DPG, JS          | hard   | .0693 | .0260 | .0117  |
+    | f-DPG, forward KL  | soft   | .0683 | .0397 | .0189  |
+    | f-DPG, forward KL  | hard   | .0989 | .0677 | .0307  |
+    | DPG                | soft   | .0767 | .0396 | .0189  |
+    | DPG                | hard   | .1007 | .0664 | .0307  |
 
     The baseline must use the sample's own leave-one-out Z for all siblings: with the siblings' Z, which contain the
     sample, the figures of the first row are .3645, .1551 and .0718.
@@ -308,7 +307,8 @@ def test_bias_of_the_leave_one_out_evidence(estimator: str, where: str) -> None:
     figures = [relative_bias(estimator, where, group_size) for group_size in (4, 8, 16)]
     biases = [bias for bias, _ in figures]
     assert biases == pytest.approx(BIAS[estimator, where], abs=6e-5)
-    assert all(1.9 < bias / half < 2.8 for bias, half in itertools.pairwise(biases))
+    assert all(1.4 < bias / half < 2.8 for bias, half in itertools.pairwise(biases))  # at 4 the bound acts often
+    assert 1.9 < biases[1] / biases[2]
     assert all(cosine > 0.994 for _, cosine in figures)
 
 
@@ -387,18 +387,18 @@ def test_leave_one_out_does_not_depend_on_the_sample_itself() -> None:
     assert (difference[0, [0, 2, 3]] > 0).all()
 
 
-def test_sole_evidence_is_compared_with_half_of_what_includes_it() -> None:
+def test_sole_evidence_is_compared_with_most_of_what_includes_it() -> None:
     weights = torch.tensor([[-INF, 0.5, -INF, -INF], [-INF, -INF, -INF, -INF], [2.0, 0.5, 1.0, 3.0]])
     valid = torch.ones(3, 4, dtype=torch.bool)
     valid[2] = torch.tensor([False, True, False, False])
     log_z = bounded_leave_one_out_log_z(weights, valid)
-    expected = [0.5 - math.log(3), 0.5 - math.log(4) - math.log(2), 0.5 - math.log(3), 0.5 - math.log(3)]
+    expected = [0.5 - math.log(3), 0.5 - math.log(4) + math.log(3 / 4), 0.5 - math.log(3), 0.5 - math.log(3)]
     assert log_z[0].tolist() == pytest.approx(expected)
     assert (log_z[1] == -INF).all()
     assert log_z[2].tolist() == pytest.approx([0.5] * 4)  # the only valid one, also in its siblings' eyes
     # With a past the sample is not the sole evidence: it is left out again
-    pooled = bounded_leave_one_out_log_z(weights[:1], valid[:1], torch.tensor([1.0]), torch.tensor([5.0]))
-    assert pooled[0, 1].item() == pytest.approx(1.0 - math.log(8))
+    pooled = bounded_leave_one_out_log_z(weights[:1], valid[:1], torch.tensor([2.0]), torch.tensor([5.0]))
+    assert pooled[0, 1].item() == pytest.approx(2.0 - math.log(8))
 
 
 def test_no_evidence_is_minus_infinity() -> None:
@@ -504,45 +504,6 @@ def test_effective_sample_size_is_kish_s() -> None:
     )
 
 
-# --- where the policy stands ---------------------------------------------------------------------------------------
-
-
-@both_proposals
-@pytest.mark.parametrize("where", SPACES)
-def test_divergence_estimates_are_unbiased(where: str, log_q: Tensor) -> None:
-    target, groups = SPACES[where], all_groups(3, log_q)
-    y = groups.outcomes
-    log_z = target.log_z.expand(len(y))
-    estimates = divergence_estimates(
-        LOG_POLICY[y], LOG_PRIOR[y], target.log_target[y], log_q[y], log_z, everything_valid(y)
-    )
-    kl_prior = (LOG_POLICY.exp() * (LOG_POLICY - LOG_PRIOR)).sum()
-    assert_equal(groups.expectation(estimates.kl_prior), kl_prior)
-    assert_equal(groups.expectation(estimates.forward_kl), forward_kl(target)(LOG_POLICY))
-    if where == "soft":
-        assert_equal(groups.expectation(estimates.reverse_kl), reverse_kl(target)(LOG_POLICY))
-    else:
-        outside = target.log_target[y].isneginf().any(dim=1)
-        assert torch.equal(estimates.reverse_kl.isnan(), outside)
-    per_sample = divergence_estimates(
-        LOG_POLICY[y], LOG_PRIOR[y], target.log_target[y], log_q[y], target.log_z.expand(y.shape), everything_valid(y)
-    )
-    torch.testing.assert_close(per_sample, estimates, equal_nan=True)
-
-
-def test_divergence_estimates_are_nan_where_there_is_none() -> None:
-    pi, prior = torch.full((5, 2), -2.0), torch.full((5, 2), -2.5)
-    log_p = torch.tensor([[-3.0, -2.0], [-3.0, -INF], [-INF, -INF], [-3.0, -2.0], [-3.0, -2.0]])
-    log_z = torch.tensor([0.1, 0.1, -INF, 0.1, torch.nan])
-    valid = torch.ones(5, 2, dtype=torch.bool)
-    valid[3] = False
-    estimates = divergence_estimates(pi, prior, log_p, pi, log_z, valid)
-    assert estimates.kl_prior.isnan().tolist() == [False, False, False, True, False]
-    assert estimates.reverse_kl.isnan().tolist() == [False, True, True, True, True]
-    assert estimates.forward_kl.isnan().tolist() == [False, False, True, True, True]
-    assert estimates.kl_prior[:2].tolist() == pytest.approx([0.5, 0.5])
-
-
 # --- properties ----------------------------------------------------------------------------------------------------
 
 
@@ -578,12 +539,11 @@ def everything(batch: Batch, name: str = "jensen_shannon") -> dict[str, Tensor]:
     per_group = {
         "group_log_z": pooled_log_z(weights, valid),
         "ess": effective_sample_size(weights, valid),
-        **divergence_estimates(pi, batch.log_prior, log_p, log_q, pooled_log_z(weights, valid), valid)._asdict(),
     }
     return {name: values.masked_fill(~usable, 0.0) for name, values in per_sample.items()} | per_group
 
 
-PER_GROUP = ("group_log_z", "ess", "kl_prior", "reverse_kl", "forward_kl")
+PER_GROUP = ("group_log_z", "ess")
 
 
 @st.composite

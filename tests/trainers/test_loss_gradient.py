@@ -194,12 +194,12 @@ CURVATURE = {"forward_kl": 1.0, "reverse_kl": 1.0, "jensen_shannon": 0.25, "squa
 
 
 def z_of_others(group: list[Sample], past: tuple[float, int] = (0.0, 0)) -> list[float]:
-    """`Z_{-i}`, the mean weight of the siblings and of the past; at least half of the mean with the own weight."""
+    """`Z_{-i}`, the mean weight of the siblings and of the past; at least 3/4 of the mean with the own weight."""
     weights = [math.exp(sample.log_target - sample.log_q) for sample in group]
     total, number = past[0] + sum(weights), past[1] + len(group)
     if number == 1:
         return weights
-    return [max((total - own) / (number - 1), total / number / 2) for own in weights]
+    return [max((total - own) / (number - 1), 0.75 * total / number) for own in weights]
 
 
 def z_of_prompt(group: list[Sample], past: tuple[float, int] = (0.0, 0)) -> float:

@@ -127,3 +127,23 @@ def test_means_are_over_prompts_that_tell() -> None:
         assert logged(both, LeaveOneOut(), estimator=estimator)[name] == pytest.approx(
             logged(one, LeaveOneOut(), estimator=estimator)[name]
         )
+
+
+def test_distances_next_to_the_posterior_are_sharp() -> None:
+    """With Z known from elsewhere: a plain mean over 16 completions is off by 10 to 20 times the distance itself."""
+
+    class Exact(LeaveOneOut):
+        def log_z(self, group: Group) -> LogZ:
+            return LogZ(torch.zeros(1, G), torch.zeros(1), torch.tensor([True]))
+
+    generator = torch.Generator().manual_seed(0)
+    log_posterior = torch.randn(64, generator=generator).log_softmax(0)
+    log_policy = (log_posterior + 0.02 * torch.randn(64, generator=generator)).log_softmax(0)
+    drawn = torch.multinomial(log_policy.exp(), G, replacement=True, generator=generator).unsqueeze(0)
+    zeros = torch.zeros(1, G)
+    group = Group(log_policy[drawn], log_policy[drawn], zeros, log_posterior[drawn], torch.tensor([7]))
+    metrics = logged(group, Exact())
+    reverse = (log_policy.exp() * (log_policy - log_posterior)).sum().item()
+    forward = (log_posterior.exp() * (log_posterior - log_policy)).sum().item()
+    assert metrics["posterior/reverse_kl"] == pytest.approx(reverse, rel=0.5)
+    assert metrics["posterior/forward_kl"] == pytest.approx(forward, rel=0.5)

@@ -26,9 +26,9 @@ def test_it_comes_nearer_to_the_posterior(trainer: Any, config: Any) -> None:
     settings: dict[str, Any] = {
         "num_generations": 1,
         "partition": "prior_samples",
-        "num_prior_samples": 64,
+        "num_prior_samples": 256,
         "beta": 0.5,
-        "per_device_train_batch_size": 32,
+        "per_device_train_batch_size": 129,  # any number, odd ones too
         "max_steps": 12,
         "learning_rate": 1e-2,
     }
@@ -39,14 +39,18 @@ def test_it_comes_nearer_to_the_posterior(trainer: Any, config: Any) -> None:
         (log_posterior.exp() * (log_posterior - each)).sum(dim=1).mean().item()
         for each in (trained.log_prior, trained.log_policy)
     )
-    assert trained.trainer.num_generations == 1
+    assert trained.trainer.num_generations == trained.trainer.num_generations_eval == 1
     assert after < before / 4
 
 
 @pytest.mark.parametrize("partition", ["prior_samples", "known"])
 def test_its_configuration(tmp_path: Path, partition: str) -> None:
-    args = KLRLConfig(output_dir=str(tmp_path), num_generations=1, partition=partition, bf16=False, use_cpu=True)
-    assert args.num_generations == args.num_generations_eval == 1
+    settings: dict[str, Any] = {"output_dir": str(tmp_path), "partition": partition, "bf16": False, "use_cpu": True}
+    args = KLRLConfig(num_generations=1, per_device_train_batch_size=5, **settings)
+    assert type(args.num_generations) is int
+    assert args.num_generations == 1
+    assert args.num_generations_eval is None  # as many as in training
+    assert KLRLConfig(num_generations=1, num_generations_eval=4, **settings).num_generations_eval == 4
 
 
 def test_pure_rl_has_nothing_to_compare_it_with(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The replay buffer: what goes in comes out, without padding in between, and joins a batch of another length."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_bayes.trainers.replay_buffer import ReplayBuffer, append_rows
+from tests.helpers.outcomes import LOG_PRIOR, SOFT, all_groups, divergence_of, group_gradient
+from trl_bayes.estimators import Estimator, ImportanceWeights, ScoreFunction
+from trl_bayes.groups import Group, leave_one_out_log_z, pooled_log_z
+from trl_bayes.partitions import Running
+from trl_bayes.trainers.replay_buffer import ReplayBuffer, append_rows, refresh
 
 
 PAD = 0
@@ -206,3 +211,75 @@ def test_rows_are_on_the_cpu_in_the_batch_s_types(number: int) -> None:
         assert row["completion"].dtype == torch.int64
         assert row["log_target"].dtype == torch.float32
         assert row["usable"].dtype == torch.bool
+
+
+def gradient_at_the_posterior(estimator: Estimator, group_size: int) -> float:
+    """
+    Length of an estimator's mean gradient at pi = p, where none is, from completions of the prior that are replayed
+    with a running log Z that has seen them alone: summed over all groups.
+    """
+    groups = all_groups(group_size, LOG_PRIOR)
+    y = groups.outcomes
+    key = torch.arange(len(y))
+    group = Group(SOFT.log_posterior[y], LOG_PRIOR[y], LOG_PRIOR[y], SOFT.log_target[y] - LOG_PRIOR[y], key)
+    partition = Running()
+    terms = estimator.terms(group, partition.log_z(group))
+    partition.update(group)
+    batch: dict[str, Any] = {name: value.flatten() for name, value in terms._asdict().items()}
+    batch["prompt_key"] = key.repeat_interleave(group_size)
+    refresh(batch, 0, partition, estimator)
+    replayed = type(terms)(*(batch[name].view(y.shape) for name in terms._fields))
+    # The logged divergence is measured with the whole Z
+    whole = pooled_log_z(group.log_weights, group.valid)
+    torch.testing.assert_close(replayed.log_z_of_value[:, 0].double(), whole, rtol=1e-6, atol=1e-6)
+    coefficient = estimator.coefficient(replayed.sequences(group.log_policy))
+    return groups.expectation(group_gradient(coefficient, y, SOFT.log_posterior)).norm().item()
+
+
+REUSABLE = {
+    "reverse_kl": ScoreFunction(divergence_of("reverse_kl")),
+    "jensen_shannon": ScoreFunction(divergence_of("jensen_shannon")),
+    "dpg": ImportanceWeights(divergence_of("forward_kl")),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "expected"),
+    [
+        ("reverse_kl", 2, 0.1285),  # 0.237 with the own weight in Z
+        ("reverse_kl", 4, 0.0304),  # 0.142
+        ("reverse_kl", 6, 0.0050),  # 0.101
+        ("jensen_shannon", 2, 0.0381),  # 0.053
+        ("jensen_shannon", 4, 0.0099),  # 0.034
+        ("dpg", 2, 0.2063),  # 0.229
+        ("dpg", 4, 0.0589),  # 0.139
+    ],
+)
+def test_bias_of_replay_with_a_running_z(name: str, group_size: int, expected: float) -> None:
+    """What is left is the rule of the lone success; without it there would be no bias at the posterior."""
+    assert gradient_at_the_posterior(REUSABLE[name], group_size) == pytest.approx(expected, abs=1e-4)
+
+
+def test_replayed_and_fresh_are_compared_with_the_same_z() -> None:
+    """A group right after it was seen: the running log Z without each completion is its leave-one-out estimate."""
+    partition, phi = Running(), torch.tensor([[1.0, 0.0, -1.0, 0.5], [9.0, 0.0, 0.0, -torch.inf]])
+    zeros, keys = torch.zeros_like(phi), torch.tensor([1, 2])
+    group = Group(zeros, zeros, zeros, phi, keys)
+    partition.update(group)
+    log_z = partition.of_reused(keys.repeat_interleave(4), phi.flatten())
+    expected = leave_one_out_log_z(phi, group.valid)
+    expected[1, 0] = pooled_log_z(phi, group.valid)[1] - math.log(2)  # it has nearly all of the weight
+    torch.testing.assert_close(log_z.of_completion.view(2, 4), expected)
+    torch.testing.assert_close(log_z.of_prompt, pooled_log_z(phi, group.valid).repeat_interleave(4))
+    assert log_z.is_informed.all()
+
+
+def test_z_of_what_a_running_partition_knows_nothing_else_of() -> None:
+    """One completion alone, none, and no evidence: from itself, or nothing."""
+    partition, phi = Running(), torch.tensor([[2.0], [-torch.inf]])
+    zeros = torch.zeros_like(phi)
+    partition.update(Group(zeros, zeros, zeros, phi, torch.tensor([1, 2])))
+    log_z = partition.of_reused(torch.tensor([1, 2, 3]), torch.tensor([2.0, -torch.inf, 2.0]))
+    assert log_z.of_completion.tolist() == [2.0, -torch.inf, -torch.inf]
+    assert log_z.of_prompt.tolist() == [2.0, -torch.inf, -torch.inf]
+    assert not log_z.is_informed.any()

@@ -2,7 +2,6 @@
 
 from .base import Estimator, Sequences, Terms
 from .baselines import leave_one_out_baseline, leave_one_out_mean
-from .divergence_estimates import DivergenceEstimates, divergence_estimates
 from .importance_weights import ImportanceWeights, importance_coefficient
 from .policy_gradient import PolicyGradient, PureRL
 from .preference import LOSS_TYPES, PairTerms, Preference, PreferenceLoss, bradley_terry, larger_wins
@@ -12,7 +11,6 @@ from .trajectory_balance import TrajectoryBalance, trajectory_balance_coefficien
 
 __all__ = [
     "LOSS_TYPES",
-    "DivergenceEstimates",
     "Estimator",
     "ImportanceWeights",
     "PairTerms",
@@ -25,7 +23,6 @@ __all__ = [
     "Terms",
     "TrajectoryBalance",
     "bradley_terry",
-    "divergence_estimates",
     "importance_coefficient",
     "larger_wins",
     "leave_one_out_baseline",

@@ -6,17 +6,16 @@ variates whose c is 1 where they cancel the error of first order; with c = 0 not
 loses.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def best_coefficient(covariance: Tensor, variance_of_b: Tensor) -> float:
+def best_coefficient(covariance: Tensor, variance_of_b: Tensor) -> Tensor:
     """The c in [0, 1] that makes the variance of `a + c b` smallest; 0 where there is nothing to fit it to."""
-    best = -covariance.item() / variance_of_b.item() if variance_of_b > 0 else 0.0
-    return min(max(best, 0.0), 1.0) if math.isfinite(best) else 0.0
+    best = torch.where(variance_of_b > 0, -covariance / variance_of_b, 0.0)
+    return torch.where(best.isfinite(), best, 0.0).clamp(0.0, 1.0)
 
 
 class Influence(NamedTuple):
@@ -59,5 +58,5 @@ def controlled(
         covariance += torch.bincount(index, x * y, len(a)) / scale
         of_b += torch.bincount(index, y * y, len(a)) / scale
     of_b = of_b + more_variance_of_b
-    c = best_coefficient(covariance.sum(), of_b.sum())
+    c = best_coefficient(covariance.sum(), of_b.sum()).item()
     return Controlled(a + c * b if c else a, of_a + 2 * c * covariance + c * c * of_b if c else of_a, c)

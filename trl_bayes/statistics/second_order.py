@@ -29,9 +29,11 @@ def second_order_divergences(
         KL(pi||p) = E_q[rho (log pi - log p) + c (w - rho)],    KL(p||pi) = E_q[w (log p - log pi) - c (w - rho)]
 
     The control variate `w - rho` has the mean zero if Z is the true one. At the posterior c = 1 cancels the error of
-    first order; far from it a large w makes it noisy. c is fitted in [0, 1] to all groups together, for each of the
-    two, so that they are never worse than with c = 0. The mean of w over a group from which Z itself was estimated is
-    1: then nothing is gained.
+    first order; far from it a large w makes it noisy. So c in [0, 1] is fitted, for each sample to all others of all
+    groups: it does not see the sample, and the estimate stays unbiased. Where the samples do not see the posterior,
+    which is where their effective number is below a quarter or the mean of w far from 1, c is 0. The mean of w over a
+    group from which Z itself was estimated is 1: then next to nothing is added, and KL(pi||p) is too small by half of
+    the variance of log Z.
 
     Args:
         log_policy, log_posterior, log_proposal (`torch.Tensor`): per-sequence log-probabilities (P, G); that of the
@@ -46,16 +48,25 @@ def second_order_divergences(
     surprise = (log_policy - log_posterior).masked_fill(weight == 0, 0.0)  # 0 log 0 = 0
     outside = valid & (log_posterior == -torch.inf) & (ratio > 0)
     control = weight - ratio
-    reverse = _controlled_mean(ratio * surprise, control, valid)
-    forward = _controlled_mean(-weight * surprise, -control, valid)
+    trusted = _sees_posterior(weight[valid])
+    reverse = _controlled_mean(ratio * surprise, control, valid, trusted)
+    forward = _controlled_mean(-weight * surprise, -control, valid, trusted)
     return SecondOrderDivergences(reverse.masked_fill(outside.any(dim=1), torch.nan), forward)
 
 
-def _controlled_mean(values: Tensor, control: Tensor, valid: Tensor) -> Tensor:
-    """`mean(values + c control)` of each group (P,), with one c for all; NaN without a valid sample."""
+def _sees_posterior(weight: Tensor) -> bool:
+    """Whether w = p/q of all samples, (N,), is near its mean of 1 with few exceptions."""
+    mean, effective = weight.mean(), weight.sum().square() / weight.square().sum() / max(weight.numel(), 1)
+    return bool((mean >= 0.5) & (mean <= 2) & (effective >= 0.25))
+
+
+def _controlled_mean(values: Tensor, control: Tensor, valid: Tensor, trusted: bool) -> Tensor:
+    """`mean(values + c control)` of each group (P,), c from the other samples of all; NaN without a valid sample."""
     count = valid.sum(dim=1, keepdim=True)  # (P, 1)
     values, control = (v.masked_fill(~valid, 0.0) for v in (values, control))
-    means = [v.sum(dim=1, keepdim=True) / count for v in (values, control)]
-    x, y = (torch.where(valid & (count > 1), v - mean, 0.0) for v, mean in zip((values, control), means, strict=True))
-    c = best_coefficient((x * y).sum(), (y * y).sum())
-    return (means[0] + c * means[1] if c else means[0]).squeeze(1)
+    if trusted:
+        x, y = (torch.where(valid, v - v.sum(dim=1, keepdim=True) / count, 0.0) for v in (values, control))
+        own = count / (count - 1).clamp(min=1)  # what a sample takes part in a sum of centered squares
+        covariance, variance = ((v * y).sum() - own * v * y for v in (x, y))  # (P, G)
+        values = values + best_coefficient(covariance, variance) * control
+    return values.sum(dim=1) / count.squeeze(1)

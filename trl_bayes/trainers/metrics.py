@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..estimators import Estimator, Terms, divergence_estimates
+from ..estimators import Estimator, Terms
 from ..groups import NEG_INF, Group, effective_sample_size, finite_exp, pooled_log_z
 from ..partitions import LogZ
+from ..statistics.second_order import second_order_divergences
 from ..targets import Target
 from .batches import own_tokens
 
@@ -53,7 +54,12 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
     at_bound = (group.phi == max_log_potential).any(dim=1) if max_log_potential is not None else torch.tensor(False)
     is_known = (group.tells_z | log_z.is_informed | at_bound.to(weights.device)) & log_z.of_prompt.isfinite()
     known = log_z.of_prompt.masked_fill(~is_known, torch.nan)  # (P,)
-    fit = divergence_estimates(group.log_policy, group.log_prior, group.log_target, group.log_proposal, known, valid)
+    policy, proposal, prior, target = (
+        each.double() for each in (group.log_policy, group.log_proposal, group.log_prior, group.log_target)
+    )
+    posterior = target - known.double().unsqueeze(1)
+    fit = second_order_divergences(policy, posterior, proposal, valid & is_known.unsqueeze(1))
+    kl_prior = second_order_divergences(policy, prior, proposal, valid).reverse_kl
     # A group that is on its own has missed nothing that it knows of
     from_elsewhere = torch.where(log_z.is_informed, known, NEG_INF).nan_to_num(nan=NEG_INF)
     sees_posterior = (pooled_log_z(weights, valid) - known).abs() <= math.log(2)
@@ -63,7 +69,7 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
         "posterior/log_z": known.nanmean(),
         "posterior/ess": ess.masked_fill(~is_known, torch.nan).nanmean(),
         "posterior/frac_no_evidence": no_evidence.float().mean(),
-        "posterior/kl_prior": fit.kl_prior.nanmean(),
+        "posterior/kl_prior": kl_prior.nanmean(),
         "posterior/reverse_kl": fit.reverse_kl.nanmean(),
         "posterior/forward_kl": fit.forward_kl.masked_fill(~sees_posterior, torch.nan).nanmean(),
     }

@@ -4,11 +4,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from .posterior_config import PosteriorConfig
 from .posterior_trainer import PosteriorTrainer
-from .replay_buffer import ReplayBuffer, append_rows
+from .replay_buffer import ReplayBuffer, append_rows, refresh
 
 
 @dataclass
@@ -93,24 +91,10 @@ class OffPolicyTrainer(PosteriorTrainer):
         if len(self.replay_buffer) >= self.args.num_replayed:
             rows = self.replay_buffer.sample(self.args.num_replayed)
             output = append_rows(fresh, rows, self._tokenizer.pad_token_id)
-            self._refresh(output, start=len(fresh["usable"]))
+            refresh(output, len(fresh["usable"]), self.partition, self.estimator)
         self._log({"posterior/replayed_frac": 1 - len(fresh["usable"]) / len(output["usable"])})
         self.replay_buffer.add(fresh)
         return output
-
-    def _refresh(self, batch: dict[str, Any], start: int) -> None:
-        """
-        What replayed rows are compared with: `log Z` may be known better than when they were sampled.
-
-        A running `log Z` has their own weights in it, among those of all visits; where that matters
-        `partition="prior_samples"` is exact.
-        """
-        if "prompt_key" in batch and (latest := self.partition.latest(batch["prompt_key"][start:])) is not None:
-            for name in ("log_z", "log_z_of_value"):
-                batch[name] = torch.cat([batch[name][:start], latest])
-        if "baseline" in batch:  # the terms of pairs have none
-            reused = self.estimator.reused_baseline(batch["log_z"][start:])
-            batch["baseline"] = torch.cat([batch["baseline"][:start], reused])
 
     def posterior_state(self) -> dict[str, Any]:
         state = super().posterior_state()

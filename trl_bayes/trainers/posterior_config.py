@@ -1,7 +1,5 @@
 """Settings shared by all trainers, and the refusal of those under which the fixed point is not the posterior."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -47,6 +45,16 @@ _SMALLER_IS_BETTER = (
     "loss/xpo",
 )
 """Metrics of which transformers would take the largest for the best, behind `eval_` and the name of a data set."""
+
+
+class _One(int):
+    """The number 1 for TRL's checks but for that of `num_generations < 2`, where GRPO could not tell its advantage."""
+
+    def __new__(cls) -> "_One":
+        return super().__new__(cls, 1)
+
+    def __lt__(self, other: int) -> bool:
+        return False
 
 
 @dataclass
@@ -181,8 +189,10 @@ class PosteriorConfig(GRPOConfig):
         ):
             self.greater_is_better = False
         scale_rewards = self.scale_rewards  # TRL gives True another name
-        with self._as_a_pair():
-            super().__post_init__()
+        is_one = self.num_generations == 1
+        self.num_generations = _One() if is_one else self.num_generations
+        super().__post_init__()
+        self.num_generations = 1 if is_one else self.num_generations
         self._check_posterior_parameters()
         self.inexact = inexact_settings(self, scale_rewards)
         if self.inexact and self.inexact_settings == "refuse":
@@ -198,19 +208,6 @@ class PosteriorConfig(GRPOConfig):
                 "evidence and baseline: set `num_generations` to 2 or more, or to 1 with "
                 "`partition='prior_samples'` or `'known'`."
             )
-
-    @contextmanager
-    def _as_a_pair(self) -> Iterator[None]:
-        """TRL's checks of one completion a prompt, as if of two: it refuses one, whose advantage it could not tell."""
-        if self.num_generations != 1:
-            yield
-            return
-        self.num_generations = 2
-        self.num_generations_eval = self.num_generations_eval or 1
-        try:
-            yield
-        finally:
-            self.num_generations = 1
 
     def _check_posterior_parameters(self) -> None:
         if not self.temperature > 0:

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from trl.trainer.utils import pad
 
-from ..estimators import PairTerms, Terms
+from ..estimators import Estimator, PairTerms, Terms
+from ..groups import log_weights
+from ..partitions import Partition
 
 
 _SEQUENCES = {"prompt": "left", "completion": "right", "prior_completion": "right"}  # side on which TRL pads each
@@ -91,6 +93,31 @@ def append_rows(
     # Scalars come last: TRL takes the batch size from the first entry
     scalars = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim() == 0}
     return joined | scalars
+
+
+def refresh(batch: dict[str, Any], start: int, partition: Partition, estimator: Estimator) -> None:
+    """
+    What replayed rows are compared with: `log Z` may be known better than when they were sampled.
+
+    Like a fresh completion, a replayed one is compared with a `Z` from all others, in which its own weight has no
+    part; the logged divergence is measured with the `Z` of all. Pairs are compared with each other and stay as they
+    are.
+
+    Args:
+        batch (`dict[str, Any]`): from [`append_rows`].
+        start (`int`): the first row that was replayed.
+        partition ([`~trl_bayes.partitions.Partition`]): which has seen them.
+        estimator ([`~trl_bayes.estimators.Estimator`]): of the gradient.
+    """
+    if "baseline" not in batch:
+        return
+    if "prompt_key" in batch:
+        own = log_weights(batch["log_target"][start:], batch["log_proposal"][start:])
+        if (log_z := partition.of_reused(batch["prompt_key"][start:], own)) is not None:
+            latest = {"log_z": log_z.of_completion, "log_z_of_value": log_z.of_prompt}
+            batch |= {name: torch.cat([batch[name][:start], new]) for name, new in latest.items()}
+    reused = estimator.reused_baseline(batch["log_z"][start:])
+    batch["baseline"] = torch.cat([batch["baseline"][:start], reused])
 
 
 def _sequences(batch: dict[str, Any]) -> dict[str, str]:
