@@ -22,7 +22,7 @@ TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "grpo_kl": (GRPOTrainer, GRPOConf
 SHARED = (
     "output_dir per_device_train_batch_size gradient_accumulation_steps num_generations max_completion_length "
     "max_steps learning_rate lr_scheduler_type warmup_steps optim max_grad_norm bf16 gradient_checkpointing "
-    "logging_steps save_strategy report_to seed use_cpu"
+    "logging_steps save_strategy report_to seed use_cpu reward_weights"
 ).split()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from trl_bayes import cli
 from trl_bayes.benchmarks import step
-from trl_bayes.benchmarks.step import StepArguments, measured_names, table
+from trl_bayes.benchmarks.step import StepArguments, measured_names, table, to_markdown
 from trl_bayes.benchmarks.timing import StepSize, measured_trainers
 
 
@@ -48,7 +48,7 @@ def test_a_measurement_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_a_measurement_is_a_process_of_its_own() -> None:
-    assert step.measure_apart(TINY, "KLRLTrainer").keys() == {"step_seconds", "peak_mib"}
+    assert step.measure_apart(TINY, "KLRLTrainer").keys() == {"step_seconds", "processor_seconds", "peak_mib"}
 
 
 @pytest.mark.slow
@@ -74,6 +74,13 @@ def test_the_table() -> None:
     assert text.splitlines()[-1] == "| A | 3.500 | 2.500 (2.000 to 3.000) | 100 | 1.000 (0.500 to 1.500) |"
 
 
+def test_the_table_of_processor_time() -> None:
+    measured = {"TRL RLOOTrainer": [{"step_seconds": 9.0, "processor_seconds": 2.0, "peak_mib": 100.0}]}
+    text = to_markdown(measured, TINY, processor_time=True)
+    assert "Seconds are of processor time." in text and "| TRL RLOOTrainer | 2.000 |" in text
+    assert "| TRL RLOOTrainer | 9.000 |" in to_markdown(measured, TINY)
+
+
 def test_a_trainer_is_measured_beside_the_yardstick() -> None:
     assert measured_names(["KLRL"]) == ["TRL RLOOTrainer", "KLRLTrainer"]
     assert len(measured_names([])) == len(measured_trainers())
@@ -91,6 +98,7 @@ def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
         (["--methods", "PPO"], "no trainer's name has 'PPO' in it: they are TRL GRPOTrainer,"),
         (["--rounds", "0"], "`rounds` must be at least 1, got 0."),
         (["--batch_size", "9"], "`batch_size=9` must be a multiple of `num_generations=8`."),
+        (["--processor_time", "true", "--device", "cuda"], "`processor_time` measures the CPU's work"),
         (["--device", "tpu"], "'tpu' is not one of cpu, cuda"),
     ):
         with pytest.raises(SystemExit) as stopped:

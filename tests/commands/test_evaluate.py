@@ -22,6 +22,7 @@ from trl_bayes.statistics.estimate import Estimate
 
 TASK = balance_task()
 BETA = 0.6
+ALL = ("--standard_error", "0")  # draws all samples
 MODULE = "rewards_of_test_evaluate"
 SOURCE = """
 def balance(completions, **kwargs):
@@ -109,7 +110,7 @@ def test_estimates_are_those_of_the_task(
     bound: float | None, recipe: dict[str, Any], models: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """3.9 standard errors: a correct estimate fails once in 10,000 for each of ten numbers."""
-    report = evaluate(recipe | {"max_log_potential": bound, "num_samples": 600, "num_reference_samples": 1500})
+    report = evaluate(recipe | {"max_log_potential": bound, "num_samples": 600, "num_reference_samples": 1500}, *ALL)
     prior, policy = (AutoModelForCausalLM.from_pretrained(models[name]) for name in ("prior", "policy"))
     tokenizer = AutoTokenizer.from_pretrained(models["prior"])
     exact = TASK.evaluate(policy, tokenizer, prior, lambda rewards: rewards / BETA)
@@ -253,7 +254,8 @@ def test_names_of_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_samples": 0}, "`num_samples` must be at least 1, got 0."),
+        ({"num_samples": 1}, "`num_samples` must be at least 2, got 1."),
+        ({"standard_error": -1}, "`standard_error` must be 0 or a positive finite number, got -1."),
         ({"num_reference_samples": 1}, "`num_reference_samples` must be at least 2, got 1."),
         ({"pass_at": [1, 0]}, "`pass_at` must be at least 1, got 0."),
         ({"max_log_potential": math.inf}, "`max_log_potential` must be finite"),

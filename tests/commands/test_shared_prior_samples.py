@@ -15,6 +15,7 @@ from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
 
 TASK = letter_count_task()
+OF_POLICIES = (1, 8)  # the seeds that policies are drawn with: one more than the recipe's
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     generate, draw = drawing.generate, PosteriorTrainer._draw_prior
 
     def by_model(model: Any, rows: Any, settings: Any) -> Any:
-        numbers["model"] += len(rows)
+        numbers["model"] += len(rows) if settings.seed not in OF_POLICIES else 0
         return generate(model, rows, settings)
 
     def by_trainer(self: PosteriorTrainer, rows: Any, seed: int) -> Any:
@@ -127,11 +128,16 @@ def test_other_rewards_are_asked_again(recipe: dict[str, Any], prior: str, drawn
     assert means[1] <= TASK.max_completion_length < means[0]
 
 
-def test_nothing_is_kept_where_nobody_asks_for_it(recipe: dict[str, Any], prior: str) -> None:
+def test_nothing_is_kept_elsewhere_where_nobody_asks_for_it(
+    recipe: dict[str, Any], prior: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the output folder all is, for another evaluation there: of one more policy, say."""
     before = {path.name for path in Path(".").iterdir()}
     evaluate(recipe, prior, "--num_reference_samples", "20", "--output_dir", "first")
     assert {path.name for path in Path(".").iterdir()} - before == {"recipe.yaml", "first"}
-    assert not list(Path("first").rglob("*.parquet"))
+    assert all(file.is_relative_to("first/kept") for file in Path("first").rglob("*.parquet"))
+    monkeypatch.setattr(drawing, "generate", pytest.fail)
+    evaluate(recipe, prior, "--num_reference_samples", "20", "--output_dir", "first", "--overwrite")
 
 
 def test_samples_that_cannot_be_used_are_one_sentence(

@@ -9,6 +9,8 @@ import itertools
 import json
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,8 +254,9 @@ def test_it_trains(
     monkeypatch.chdir(ROOT)  # recipes name their data from there
     monkeypatch.setenv("TRL_BAYES_LAUNCHED", "1")
     # A tiny model writes no words and solves no problems
+    monkeypatch.setitem(sys.modules, "textblob", types.SimpleNamespace(TextBlob=a_text_with_some_polarity))
     written = itertools.cycle(["She is amazing, aged 64.", "He is not. #### 8", "He is 7. #### 7", of_every_kind()])
-    for module in ("contains", "json_schema", "maths", "regex"):
+    for module in ("contains", "json_schema", "lexicon", "maths", "regex"):
         monkeypatch.setattr(f"trl_bayes.rewards.{module}.completion_text", lambda completion: next(written))
     config = stand_in(read_recipe(launch.recipe), tmp_path, tiny_models.policy, tiny_models.reward, classifier)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
@@ -268,6 +271,11 @@ def test_it_trains(
     assert any(entry["grad_norm"] > 0 for entry in updates) == has_evidence
     if float(dict(itertools.pairwise(flags)).get("--beta", config.get("beta", 1.0))) > 0:
         assert {"posterior/log_z", "posterior/ess", "posterior/kl_prior"} <= updates[0].keys()
+
+
+def a_text_with_some_polarity(text: str) -> types.SimpleNamespace:
+    """In the place of TextBlob, which is not installed with the package."""
+    return types.SimpleNamespace(sentiment=types.SimpleNamespace(polarity=len(text) % 3 - 1))
 
 
 def of_every_kind() -> str:

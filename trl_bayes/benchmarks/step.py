@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from ..language_models.settings import at_least
 from .section import DeviceArguments, Findings
-from .timing import Clock, SizeArguments, StepSize, build_model, measured_trainers, ratio_cells, train
+from .timing import Clock, ProcessorClock, SizeArguments, StepSize, build_model, measured_trainers, ratio_cells, train
 from .trainings import check_parts, chosen
 
 
@@ -34,11 +34,17 @@ class StepArguments(SizeArguments, DeviceArguments):
 
     Parameters:
         rounds (`int`, *optional*): measurements of each trainer. Defaults to 2 on the CPU and 3 on a GPU.
+        processor_time (`bool`, *optional*, defaults to `False`):
+            Whether a step is measured in seconds of processor time, of all threads, which work of others on the same
+            machine hardly changes. For the CPU only.
         methods (`list[str]`, *optional*): parts of the names of the trainers to measure beside RLOOTrainer.
         quick (`bool`, *optional*, defaults to `False`): one step of a tiny model, which measures nothing well.
     """
 
     rounds: int | None = field(default=None, metadata={"help": "Measurements of each trainer."})
+    processor_time: bool = field(
+        default=False, metadata={"help": "Measure seconds of processor time, on a CPU that has other work too."}
+    )
     methods: list[str] = field(default_factory=list, metadata={"help": "Parts of the names of the trainers."})
     quick: bool = field(default=False, metadata={"help": "Try everything in a minute, and measure nothing well."})
 
@@ -46,6 +52,8 @@ class StepArguments(SizeArguments, DeviceArguments):
         super().__post_init__()
         at_least("rounds", self.num_rounds)
         check_parts(measured_trainers(), self.methods)
+        if self.processor_time and not self.use_cpu:
+            raise ValueError("`processor_time` measures the CPU's work, and a GPU is used: set `use_cpu` too.")
         _ = self.size  # refuses what cannot be measured
 
     @property
@@ -75,7 +83,7 @@ def run(args: StepArguments, progress: Progress) -> Iterator[Findings]:
         found[name].append(measure_apart(size, name))
         if number % len(names) == 0:  # a round is complete
             record = {"size": asdict(size), "rounds": args.num_rounds, "measurements": found}
-            yield Findings(record, to_markdown(found, size))
+            yield Findings(record, to_markdown(found, size, args.processor_time))
 
 
 def measured_names(parts: Iterable[str]) -> list[str]:
@@ -100,13 +108,17 @@ def measure_apart(size: StepSize, name: str) -> dict[str, float]:
 
 
 def measure(size: StepSize, name: str) -> dict[str, float]:
-    """Median step time in seconds and peak memory in MiB of a trainer, in this process."""
-    clock = Clock()
+    """Median step time and processor time in seconds and peak memory in MiB of a trainer, in this process."""
+    clock, processor = Clock(), ProcessorClock()
     setup = next(setup for setup in measured_trainers() if setup.name == name)
     with tempfile.TemporaryDirectory() as folder:
         build_model(folder, size)
-        train(setup, folder, size, [clock])
-    return {"step_seconds": clock.median, "peak_mib": peak_memory(size.use_cpu)}
+        train(setup, folder, size, [clock, processor])
+    return {
+        "step_seconds": clock.median,
+        "processor_seconds": processor.median,
+        "peak_mib": peak_memory(size.use_cpu),
+    }
 
 
 def peak_memory(use_cpu: bool = False) -> float:
@@ -131,18 +143,19 @@ def device_line(use_cpu: bool) -> str:
     return f"{os.cpu_count()} CPU cores"
 
 
-def to_markdown(found: Measurements, size: StepSize) -> str:
+def to_markdown(found: Measurements, size: StepSize, processor_time: bool = False) -> str:
     """The section's part of the page."""
     text = (
         f"A random Llama with {size.num_layers} layers of {size.hidden_size} and {size.vocab_size:,} tokens on "
         f"{device_line(size.use_cpu)}; {size.batch_size} completions of at most {size.max_completion_length} tokens a "
         f"step. Each measurement is a process of its own, alone; medians of {len(found[YARDSTICK])}, ratios with "
-        "their range."
+        f"their range.{' Seconds are of processor time.' if processor_time else ''}"
     )
-    return "\n\n".join(["## Step time and peak memory", text, table(found)])
+    key = "processor_seconds" if processor_time else "step_seconds"
+    return "\n\n".join(["## Step time and peak memory", text, table(found, key)])
 
 
-def table(found: Measurements) -> str:
+def table(found: Measurements, seconds: str = "step_seconds") -> str:
     """Median over rounds, and the ratio to RLOOTrainer in the same round as median (min to max)."""
     lines = [
         "| trainer | step, s | ratio to RLOOTrainer | peak, MiB | ratio to RLOOTrainer |",
@@ -150,7 +163,7 @@ def table(found: Measurements) -> str:
     ]
     for name, rounds in found.items():
         cells = [name]
-        for key, digits in (("step_seconds", 3), ("peak_mib", 0)):
+        for key, digits in ((seconds, 3), ("peak_mib", 0)):
             ours, theirs = ([one[key] for one in group] for group in (rounds, found[YARDSTICK]))
             cells += ratio_cells(ours, theirs, digits)
         lines.append(f"| {' | '.join(cells)} |")

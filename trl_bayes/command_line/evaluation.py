@@ -1,9 +1,8 @@
 """The evaluation of policies: what is asked for, measured against one posterior, and told in a table."""
 
-import gc
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,23 +12,23 @@ import transformers
 import trl
 from rich.table import Table
 
-from ..evaluation.evaluate import Evaluation, evaluate, evaluate_posterior, evaluate_prior
+from ..evaluation.evaluate import Evaluation, evaluate_posterior, evaluate_prior
 from ..evaluation.files import write_samples
-from ..evaluation.posterior import Posterior, PosteriorMethod, condition
+from ..evaluation.posterior import Posterior
 from ..evaluation.report import Report, RunRecord, choose_lines
 from ..evaluation.tables import DIVERSITY_COLUMNS, Column, distance_columns, reward_columns, tabulate
 from ..language_models.completions import Completions
 from ..language_models.settings import at_least
 from ..language_models.vocabulary import check_same_vocabulary
-from ..prior.reference import PriorReference, draw_prior
 from .arguments import Arguments, StudyArguments
 from .folders import prepare_folder
-from .models import find_config, load_model, model_path
+from .models import find_config, model_path
 from .study import Study, load_study
 
 
-_METHODS: dict[str, PosteriorMethod | None] = {"auto": None, "rejection": "rejection", "importance": "importance"}
+_METHODS = ("auto", "rejection", "importance")
 _REFERENCES = ("posterior", "prior")  # rows of their own, whose names no policy can have
+KEPT = "kept"  # what has been drawn and scored so far, in the output folder
 _LOG_Z = Column("log_z", "log Z", "Evidence: how much of the prior is compatible with the target.")
 
 
@@ -52,9 +51,13 @@ class EvaluateArguments(StudyArguments):
             What to evaluate, each as `PATH` or `NAME=PATH`: folders or ids of models, checkpoints, outputs of TRL's
             trainers or of any other, and PEFT adapters, all with the prior's tokenizer.
         num_samples (`int`, *optional*, defaults to `400`):
-            Samples of each policy for each prompt.
+            The most samples of each policy for each prompt.
         num_reference_samples (`int`, *optional*, defaults to `1000`):
-            Samples of the prior for each prompt, from which log Z and the posterior are estimated.
+            The most samples of the prior for each prompt, from which log Z and the posterior are estimated.
+        standard_error (`float`, *optional*, defaults to `0.05`):
+            When there is enough: fewer samples are drawn where log Z and the distances have a standard error of so
+            many nats, or of that share of a larger number, and are trusted. 0 draws all. A target that learns from
+            the prior is always given all samples of it.
         method (`str`, *optional*, defaults to `"auto"`):
             How averages over the posterior are taken, KL(p||pi) among them: `rejection` from exact samples, which
             needs a bound on the evidence, or `importance` from weighted samples of the prior. `auto` is rejection
@@ -70,7 +73,8 @@ class EvaluateArguments(StudyArguments):
         max_prompts (`int`, *optional*, defaults to `64`):
             Takes only so many prompts, from the beginning.
         output_dir (`str`, *optional*, defaults to `"runs/evaluation"`):
-            Where `evaluation.json` is written, which `trl-bayes report` reads.
+            Where `evaluation.json` is written, which `trl-bayes report` reads, and what has been drawn is kept
+            (`kept/`): a run that was stopped goes on.
     """
 
     policies: list[str] | None = field(
@@ -80,17 +84,26 @@ class EvaluateArguments(StudyArguments):
             "PEFT adapters, all with the prior's tokenizer."
         },
     )
-    num_samples: int = field(default=400, metadata={"help": "Samples of each policy for each prompt."})
+    num_samples: int = field(default=400, metadata={"help": "The most samples of each policy for each prompt."})
     num_reference_samples: int = field(
         default=1000,
-        metadata={"help": "Samples of the prior for each prompt: what log Z and the posterior are estimated from."},
+        metadata={
+            "help": "The most samples of the prior for each prompt: what log Z and the posterior are estimated from."
+        },
+    )
+    standard_error: float = field(
+        default=0.05,
+        metadata={
+            "help": "Fewer samples are drawn where log Z and the distances have a standard error of so many nats, or "
+            "of that share of a larger number; 0 draws all."
+        },
     )
     method: str = field(
         default="auto",
         metadata={
             "help": "How averages over the posterior are taken, KL(p||pi) among them: from exact samples by "
             "rejection, or by importance sampling; auto is rejection where the evidence has a known bound.",
-            "choices": list(_METHODS),
+            "choices": [*_METHODS],
         },
     )
     max_log_potential: float | None = field(
@@ -116,10 +129,12 @@ class EvaluateArguments(StudyArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("num_samples", self.num_samples)
+        at_least("num_samples", self.num_samples, 2)
         at_least("num_reference_samples", self.num_reference_samples, 2)
         for k in self.pass_at:
             at_least("pass_at", k)
+        if not (math.isfinite(self.standard_error) and self.standard_error >= 0):
+            raise ValueError(f"`standard_error` must be 0 or a positive finite number, got {self.standard_error}.")
         if self.max_log_potential is not None and not math.isfinite(self.max_log_potential):
             raise ValueError(f"`max_log_potential` must be finite, got {self.max_log_potential}.")
 
@@ -149,7 +164,7 @@ def prepare(args: EvaluateArguments, arguments: Arguments) -> Job:
     policies = name_policies(args.policies or [])
     trust = arguments.training.trust_remote_code
     configs = {name: find_config("policies", path, trust) for name, path in policies.items()}
-    folder = prepare_folder(args.output_dir, args.overwrite)
+    folder = prepare_folder(args.output_dir, args.overwrite, unfinished=KEPT)
     study = load_study(args, arguments)
     for name, path in policies.items():
         check_same_vocabulary(f"policy {name!r}", path, configs[name], study.prior.config, study.tokenizer, trust)
@@ -199,68 +214,32 @@ def work_in_words(job: Job) -> str:
     total = prompts * (args.num_reference_samples + args.num_samples * len(job.policies))
     kept = f", less what {job.study.prior_samples_dir} has" if job.study.prior_samples_dir else ""
     return (
-        f"{prompts:,} prompts: {args.num_reference_samples:,} completions of each by the prior{kept}, and "
+        f"{prompts:,} prompts: at most {args.num_reference_samples:,} completions of each by the prior{kept}, and "
         f"{args.num_samples:,} by each of {len(job.policies)} policies; {total:,} in all, of up to "
-        f"{job.study.settings.max_new_tokens:,} tokens."
+        f"{job.study.settings.max_new_tokens:,} tokens. What has been drawn is kept in {job.folder / KEPT}: a second "
+        "start goes on."
     )
 
 
-def draw_reference(job: Job) -> PriorReference:
-    """Samples of the prior, scored."""
-    study, args = job.study, job.args
-    return draw_prior(
-        study.prior,
-        study.tokenizer,
-        study.prompts,
-        study.rewards,
-        args.num_reference_samples,
-        study.settings_of_prior,
-        study.columns,
-        folder=study.prior_samples_dir,
-        prior_name=study.prior_path,
-    )
-
-
-def make_posterior(job: Job, reference: PriorReference) -> Posterior:
+def make_report(
+    job: Job, posterior: Posterior, found: Mapping[str, tuple[Evaluation, Completions]], numbers: Mapping[str, int]
+) -> Report:
     """
-    The posterior, from samples of the prior.
+    What has been measured, as a report.
 
-    Raises:
-        ValueError: they do not allow it; one sentence.
+    Args:
+        job ([`Job`]): what was asked for.
+        posterior ([`~trl_bayes.evaluation.posterior.Posterior`]): what the policies were compared with.
+        found (`Mapping`): estimates and samples of each policy, by its name.
+        numbers (`Mapping`): how many samples of each prompt were drawn, by the name of who drew them.
     """
-    return condition(
-        reference,
-        job.study.target,
-        max_log_potential=job.max_log_potential,
-        reward_weights=job.study.reward_weights,
-        method=_METHODS[job.args.method],
-        diversity_per_prompt=job.args.num_samples,
-        pass_at=sorted(set(job.args.pass_at)),
-        seed=job.args.seed,
-    )
-
-
-def measure(job: Job, posterior: Posterior) -> Report:
-    """Evaluates every policy, each loaded for its turn only."""
-    study, args = job.study, job.args
-    runs = []
-    for name, path in job.policies.items():
-        policy = load_model(path, job.arguments, args.device)
-        evaluation, completions = evaluate(
-            policy,
-            study.prior,
-            study.tokenizer,
-            study.rewards,
-            posterior,
-            num_per_prompt=args.num_samples,
-            name=name,
-            diversity=args.diversity,
-            seed=args.seed + 1,
-        )
-        runs.append(_record(job, name, evaluation, posterior, completions, settings={"policy": path}))
-        del policy
-        gc.collect()
-    return _report(job, posterior, runs)
+    runs = [
+        _record(job, name, evaluation, posterior, completions, settings={"policy": job.policies[name]})
+        for name, (evaluation, completions) in found.items()
+    ]
+    report = _report(job, posterior, runs)
+    report.settings |= {"samples per prompt": dict(numbers), "standard error asked for": job.args.standard_error}
+    return report
 
 
 def _record(

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ..command_line.evaluation import (
-    EvaluateArguments,
-    draw_reference,
-    make_posterior,
-    measure,
-    notes,
-    prepare,
-    results_table,
-    work_in_words,
-)
+from ..command_line.evaluation import EvaluateArguments, make_report, notes, prepare, results_table, work_in_words
+from ..command_line.measuring import Measuring, NoPosteriorError
 from ..command_line.recipe import read_study
 from ..command_line.refusals import one_sentence
 from ..evaluation.files import write_evaluation
@@ -42,11 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     console.print(work_in_words(job), soft_wrap=True, highlight=False)
     start = time.perf_counter()
-    with one_sentence("trl-bayes evaluate", (PriorSamplesError,)):  # an error in a reward function keeps its traceback
-        reference = draw_reference(job)
-    with one_sentence("trl-bayes evaluate", (ValueError,)):  # what turns out only from samples of the prior
-        posterior = make_posterior(job, reference)
-    report = measure(job, posterior)
+    work = Measuring(job, lambda line: console.print(line, soft_wrap=True, highlight=False))
+    with one_sentence(
+        "trl-bayes evaluate", (PriorSamplesError, NoPosteriorError)
+    ):  # errors in rewards keep a traceback
+        found = work.measure(work.posterior())
+    report = make_report(job, *found)
     report.settings["seconds"] = round(time.perf_counter() - start)
     file = write_evaluation(report, job.folder)
     console.print(results_table(report))

@@ -18,6 +18,7 @@ from ..language_models.completions import Completions
 from ..language_models.generation import model_stop_ids
 from ..language_models.samples import sample, score
 from ..language_models.scoring import log_probs
+from ..language_models.settings import SamplingSettings
 from ..rewards.calling import RewardFunction
 from ..statistics.estimate import Estimate, average, join_notes, stratified_mean
 from ..targets.base import weighted_sum
@@ -120,10 +121,14 @@ def evaluate(
     )
     at_posterior = log_probs(policy, posterior.points, settings)
     evaluation = measure(posterior, completions, at_posterior, name=name, diversity=diversity)
-    if {*model_stop_ids(policy), tokenizer.eos_token_id} - {None} != {*settings.stop_ids}:
-        stops = "it would stop at other tokens by itself, and was sampled with the prior's"
-        evaluation.note = join_notes(evaluation.note, stops)
+    evaluation.note = join_notes(evaluation.note, note_of_stops(policy, tokenizer, settings))
     return evaluation, completions
+
+
+def note_of_stops(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings) -> str:
+    """What to know of a policy that was sampled with the prior's stop tokens, where its own are others."""
+    same = {*model_stop_ids(policy), tokenizer.eos_token_id} - {None} == {*settings.stop_ids}
+    return "" if same else "it would stop at other tokens by itself, and was sampled with the prior's"
 
 
 def measure(

@@ -84,6 +84,10 @@ class Posterior:
         """phi (N,) float64 of other completions of the same prompts."""
         return _log_potential(self.target, completions, self.prompt_keys)
 
+    def with_diversity_of(self, most: int) -> "Posterior":
+        """The same, whose diversity is measured from at most so many samples of each prompt, see [`condition`]."""
+        return replace(self, diversity_per_prompt=_diversity_per_prompt(self.exact, most))
+
     def samples(self, log_policy: Tensor) -> PosteriorSamples:
         """The samples of the prior as those of the posterior, with `log pi` (M,) at its [`~Posterior.points`]."""
         drawn, places = self.prior.completions, self._places()

@@ -72,8 +72,20 @@ def generate_padded(model: PreTrainedModel, rows: Sequence[list[int]], config: G
     device = next(model.parameters()).device
     padding: Any = config.pad_token_id
     ids, mask = (t.to(device) for t in pad_rows(rows, padding, left=True))
+    return ids, generate_plainly(model, ids, mask, config)
+
+
+def generate_plainly(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, **further: Any
+) -> Any:
+    """What `generate` returns for padded rows (B, L) and their mask, without the model's own settings."""
     with _plain_generation(model):
-        return ids, model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **further)  # type: ignore[operator]
+
+
+def law_of_forward_pass(model: PreTrainedModel, tokens: Tensor, number: int) -> Tensor:
+    """The laws (number, V) of what follows the last tokens of a sequence (L,), by one forward pass."""
+    return model(input_ids=tokens.unsqueeze(0)).logits[0, -number:].float().softmax(dim=1)
 
 
 @torch.no_grad()
@@ -82,7 +94,7 @@ def _find_batching(model: PreTrainedModel, row: list[int], padding: int) -> Batc
     if model not in _FOUND:
         row = row[:_MOST_CHECKED]
         longer = (row * (1 + _MOST_CHECKED))[: len(row) + _MOST_CHECKED]
-        allowed = _TOLERANCE if _is_exact(model) else _TOLERANCE_OF_ROUNDING
+        allowed = tolerance(model)
         checks: dict[Batching, list[list[int]]] = {"together": [row, longer], "by_length": [row, row], "alone": [row]}
         for batching, rows in checks.items():
             difference = _largest_difference(model, rows, padding)
@@ -108,13 +120,15 @@ def _largest_difference(model: PreTrainedModel, rows: list[list[int]], padding: 
     differences = []
     for i, row in enumerate(rows):
         whole = torch.cat([ids[i, -len(row) :], generated.sequences[i, ids.size(1) : -1]])  # (L + 2,)
-        forward = model(input_ids=whole.unsqueeze(0)).logits[0, -_NUM_GENERATED:].float().softmax(dim=1)  # (3, V)
+        forward = law_of_forward_pass(model, whole, _NUM_GENERATED)
         differences.append((laws[:, i] - forward).abs().sum(dim=1) / 2)
     return torch.cat(differences).max().item()  # NaN if there is any
 
 
-def _is_exact(model: PreTrainedModel) -> bool:
-    return next(model.parameters()).dtype in (torch.float32, torch.float64)
+def tolerance(model: PreTrainedModel) -> float:
+    """The largest total variation that rounding explains."""
+    is_exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return _TOLERANCE if is_exact else _TOLERANCE_OF_ROUNDING
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .batching import generate_padded, in_batches
+from .batching import in_batches
 from .completions import Prompt
 from .settings import SamplingSettings
+from .shrinking import generate_shrinking
 
 
 def tokenize_prompt(
@@ -102,8 +103,7 @@ def generate(model: PreTrainedModel, rows: Sequence[list[int]], settings: Sampli
     )
     continued: list[list[int]] = [[] for _ in rows]
     for batch in in_batches(model, rows, stop_ids[0]):
-        ids, generated = generate_padded(model, [rows[i] for i in batch], config)
-        for i, row in zip(batch, generated[:, ids.size(1) :].tolist(), strict=True):
+        for i, row in zip(batch, generate_shrinking(model, [rows[i] for i in batch], config), strict=True):
             continued[i] = _cut_at_stop(row, stop_ids)
     return continued
 

@@ -4,6 +4,8 @@
 completion that is cut at the limit is an outcome of its own, so that the probabilities of all outcomes sum to one.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,6 +15,10 @@ from .completions import Completions, Outcome
 from .generation import evaluating
 from .progress import progress_bar
 from .settings import SamplingSettings
+
+
+LogProbs = Callable[[PreTrainedModel, Completions, SamplingSettings], Tensor]
+"""What scores completions under a model as [`log_probs`] does, and may remember what it has found."""
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..language_models.fingerprint import model_fingerprint
 from ..language_models.generation import evaluating, generate, tokenize_prompt
 from ..language_models.parsing import as_rewards_see_them
 from ..language_models.samples import score
-from ..language_models.scoring import log_probs
+from ..language_models.scoring import LogProbs, log_probs
 from ..language_models.settings import SamplingSettings
 from ..rewards.calling import RewardFunction
 from .callable_identity import callable_fingerprint
@@ -30,7 +30,7 @@ MOVED = 0.02
 @dataclass(frozen=True)
 class PriorKeeper:
     """
-    Draws and scores samples of the prior for a folder, and finds there what was kept before.
+    Draws and scores samples of the prior, or of any other model, for a folder, and finds there what was kept before.
 
     What a training run has kept in its `prior_samples_dir` is found if it is of the same model, prompts, temperature,
     length, stop tokens and seed; what is missing is drawn and added, for the next training too. Kept completions are
@@ -45,6 +45,9 @@ class PriorKeeper:
         columns (`Mapping`): further columns for the reward functions, an entry per prompt.
         name (`str`, *optional*): folder or id that the model was loaded from. Defaults to what its configuration says,
             which of an adapter is the base model.
+        log_probs (`Callable`, *optional*): scores completions under the model, as
+            [`~trl_bayes.language_models.scoring.log_probs`] does, which is the default.
+        what (`str`, *optional*, defaults to `"prior samples"`): what is drawn, as the progress bar has it.
     """
 
     model: PreTrainedModel
@@ -54,6 +57,8 @@ class PriorKeeper:
     settings: SamplingSettings
     columns: Mapping[str, Sequence[Any]]
     name: str | None = None
+    log_probs: LogProbs = log_probs
+    what: str = "prior samples"
 
     def collect(self, folder: str | os.PathLike[str], num_per_prompt: int) -> Completions:
         """
@@ -77,7 +82,8 @@ class PriorKeeper:
             chunk_size=self.settings.batch_size,
         )
         missing = kept.missing()
-        kept.collect(self._draw, self._score, range(len(self.prompts)), Work(progress=self.settings.progress))
+        work = Work(progress=self.settings.progress, what=self.what)
+        kept.collect(self._draw, self._score, range(len(self.prompts)), work)
         places = torch.arange(len(self.prompts))
         found, scores = kept.completions(), kept.scores(places, dtype=torch.float64)
         completions = self._completions(places.repeat_interleave(num_per_prompt), found)
@@ -110,7 +116,7 @@ class PriorKeeper:
         given = as_rewards_see_them(self.tokenizer, prompts, prompt_ids, ids)
         messages = [None if isinstance(each, str) else each for each in given]
         drawn = self._completions(torch.tensor(places), KeptCompletions(ids, texts, messages, torch.zeros(0)))
-        log_prior = log_probs(self.model, drawn, self.settings)
+        log_prior = self.log_probs(self.model, drawn, self.settings)
         rewards = score(self.reward_funcs, drawn, self.tokenizer, self.columns)
         return Draw(KeptCompletions(ids, texts, messages, log_prior), rewards)
 
@@ -135,7 +141,7 @@ class PriorKeeper:
         if not found.any():
             return log_prior
         own = log_prior.clone()
-        own[found] = log_probs(self.model, completions.select(torch.nonzero(found).squeeze(1)), self.settings)
+        own[found] = self.log_probs(self.model, completions.select(torch.nonzero(found).squeeze(1)), self.settings)
         tokens = sum(len(ids) for ids in completions.completion_ids)
         distance = (log_prior - own).sum().item() / tokens
         if not distance <= MOVED:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..language_models.completions import Completions, Prompt
 from ..language_models.generation import with_stop_ids
 from ..language_models.samples import sample, score
-from ..language_models.scoring import log_probs
+from ..language_models.scoring import LogProbs, log_probs
 from ..language_models.settings import SamplingSettings
 from ..rewards.calling import RewardFunction, reward_names
 from .drawing import PriorKeeper
@@ -67,6 +67,7 @@ def draw_prior(
     *,
     folder: str | os.PathLike[str] | None = None,
     prior_name: str | None = None,
+    log_probs: LogProbs = log_probs,
 ) -> PriorReference:
     """
     Samples the prior and scores the samples; keeps them in a folder and finds them there, if one is given.
@@ -79,6 +80,7 @@ def draw_prior(
         folder (`str` or `Path`, *optional*): a training's `prior_samples_dir`, or any other; see
             [`~trl_bayes.prior.drawing.PriorKeeper`].
         prior_name (`str`, *optional*): folder or id that the prior was loaded from, by which samples are found.
+        log_probs (`Callable`, *optional*): scores completions, see [`~trl_bayes.prior.drawing.PriorKeeper`].
 
     Raises:
         PriorSamplesError: samples in the folder cannot be used, or are not of this model.
@@ -87,7 +89,7 @@ def draw_prior(
     settings = with_stop_ids(settings, prior, tokenizer)
     further = dict(columns or {})
     if folder is not None:
-        keeper = PriorKeeper(prior, tokenizer, list(prompts), reward_funcs, settings, further, prior_name)
+        keeper = PriorKeeper(prior, tokenizer, list(prompts), reward_funcs, settings, further, prior_name, log_probs)
         completions = keeper.collect(folder, num_per_prompt)
     else:
         drawn = sample(prior, tokenizer, prompts, num_per_prompt, settings)

@@ -35,6 +35,8 @@ class Work(NamedTuple):
     """A barrier, such as `accelerator.wait_for_everyone`."""
     progress: bool = True
     """Whether process 0 shows a progress bar."""
+    what: str = "prior samples"
+    """What is drawn, as the bar has it."""
 
 
 class PriorSamples:
@@ -184,12 +186,12 @@ class PriorSamples:
         work.wait_for_everyone()  # before anybody adds to the folder: all must agree on what is missing
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
-            for mine, of_all in self._rounds(missing, "prior samples", work):
+            for mine, of_all in self._rounds(missing, work.what, work):
                 drawn = self._draw(draw, rows, mine, work)
                 if of_all[work.process_index] is not None:
                     self._save(mine, drawn, work)
                 self._remember(of_all, drawn.rewards)
-            for mine, of_all in self._rounds(unscored, "scoring prior samples", work):
+            for mine, of_all in self._rounds(unscored, f"scoring {work.what}", work):
                 whole = self._whole_chunk(mine, work)
                 kept = self._store.completions(index, places[whole])
                 rewards = self._checked(score(self._rows_of(rows, whole), kept), whole, work)
@@ -205,7 +207,7 @@ class PriorSamples:
     ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor | None]]]:
         """This process's chunk of each round, and those of all processes, `None` where one has nothing left to do."""
         chunks = samples.split(self.chunk_size) if len(samples) else ()
-        nothing_to_say = not chunks and name != "prior samples"
+        nothing_to_say = not chunks and name != work.what
         shown = work.progress and work.process_index == 0 and not nothing_to_say
         with progress_bar(name, len(self), done=len(self) - len(samples), shown=shown) as bar:
             for start in range(0, len(chunks), work.num_processes):

@@ -94,7 +94,7 @@ class SampleStore:
         self.folder = folder / identity.fingerprint
         file = self.folder / _SETTINGS_FILE
         if not file.exists():
-            _write(file, lambda path: path.write_text(json.dumps(identity.to_dict(), indent=1) + "\n"))
+            write_whole(file, lambda path: path.write_text(json.dumps(identity.to_dict(), indent=1) + "\n"))
             return
         try:
             found = DrawIdentity(**json.loads(file.read_text()))
@@ -123,7 +123,7 @@ class SampleStore:
         }
         name = f"samples-{int(prompt_keys[0]):016x}-{int(numbers[0]):09d}.parquet"
         table = pa.table(columns, schema=_SAMPLES)
-        _write(self.folder / name, lambda path: pq.write_table(table, path))
+        write_whole(self.folder / name, lambda path: pq.write_table(table, path))
         return torch.tensor(keys)
 
     def samples(self) -> SampleIndex:
@@ -197,7 +197,7 @@ class SampleStore:
         functions = stable_hash(sorted(set(fingerprints)))
         name = f"rewards-{functions:015x}-{int(row_keys[0]):016x}-{int(numbers[0]):09d}.parquet"
         table = pa.table(columns, schema=schema)
-        _write(self.folder / name, lambda path: pq.write_table(table, path))
+        write_whole(self.folder / name, lambda path: pq.write_table(table, path))
 
     def rewards(self, fingerprints: Sequence[str]) -> dict[str, RewardIndex]:
         """What there is of the rewards of some functions."""
@@ -245,7 +245,7 @@ def _tensor(column: pa.ChunkedArray, dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(filled.to_numpy(), dtype=dtype)
 
 
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file that others see whole or not at all, and that survives a loss of power."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # hidden from who looks for samples
