@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import trl_bayes
 
@@ -55,6 +56,16 @@ def test_the_table_of_versions_in_the_readme() -> None:
     assert rows["Python"][0].split()[0] == METADATA["requires-python"].removeprefix(">=")
     workflow = (ROOT / ".github/workflows/tests.yml").read_text()
     assert '["3.11", "3.12", "3.13"]' in workflow and rows["Python"][0] == "3.11 to 3.13"
+
+
+def test_the_lowest_versions_are_tried() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]
+    rows = {row["name"]: row["packages"] for row in jobs["versions"]["strategy"]["matrix"]["include"]}
+    pins = dict(pin.split("==") for pin in rows["lowest"].split())
+    assert set(pins) == {"trl", "transformers", "accelerate", "datasets"}
+    for need in requirements(METADATA["dependencies"]):
+        lowest = next((Version(bound.version) for bound in need.specifier if bound.operator == ">="), None)
+        assert need.name not in pins or Version(pins[need.name]) == lowest, need
 
 
 def test_the_wheel_has_what_the_package_reads() -> None:
