@@ -131,8 +131,8 @@ def test_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which the command would set
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for argv, sentence in (
-        (["exacte"], "There is no section 'exacte' (did you mean 'exact'?): the sections are calibrated, "),
-        (["exact", "tiny"], "There is no section 'tiny': the sections are calibrated,"),
+        (["exacte"], "There is no section 'exacte' (did you mean 'exact'?): the sections are ablation, calibrated, "),
+        (["exact", "tiny"], "There is no section 'tiny': the sections are ablation, calibrated,"),
         (["exact", "--rounds", "3"], "unrecognized arguments: --rounds 3"),
         (["exact", "--seeds", "x"], "argument --seeds: invalid int value: 'x'"),
         (["--problems", "leters"], "'leters' is not one of letters, bigrams, balance, hard-20k, hard-100k (did you"),

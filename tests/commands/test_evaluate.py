@@ -273,7 +273,7 @@ def test_names_of_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"num_sample": 3}, "Unknown key `num_sample` in recipe.yaml (did you mean 'num_samples'?)"),
         ({"learning_rate": 1e-4, "num_sample": 3}, "Unknown key `num_sample` in recipe.yaml"),
         ({"generation_kwargs": {"typical_p": 0.9}}, "`typical_p=0.9` in `generation_kwargs` changes the distribution"),
-        ({"generation_kwargs": {"max_time": 1}}, "`generation_kwargs` may change what is sampled"),
+        ({"generation_kwargs": {"max_time": 1}}, "`max_time=1` in `generation_kwargs` changes the distribution"),
         ({"top_p": 0.9}, "`top_p=0.9` changes the distribution"),
         ({"beta": 0}, "`beta=0` is pure RL, which has no posterior"),
         ({"temperature": 0}, "`temperature=0.0` does not sample"),

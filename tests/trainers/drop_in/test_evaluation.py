@@ -47,10 +47,10 @@ def test_evaluation_while_training(num_generations_eval: int | None, kind: str, 
     if num_generations_eval is not None:  # groups are of this size: Z is that of the one sibling, or one's own
         batch = recorded[0].batch
         weights = (batch["log_target"] - batch["log_proposal"]).view(-1, num_generations_eval)
-        half = weights.logsumexp(dim=1, keepdim=True) - math.log(2 * num_generations_eval)
+        bound = weights.logsumexp(dim=1, keepdim=True) + math.log(3 / 4 / num_generations_eval)
         others = weights.flip(1)
         if kind != "tb":  # whose log Z is a mean of log-ratios, which a lone success does not make infinite
-            others = torch.maximum(others, half)
+            others = torch.maximum(others, bound)
         close(batch["log_z"], others.flatten() if num_generations_eval > 1 else weights[:, 0])
 
 
