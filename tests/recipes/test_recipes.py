@@ -253,6 +253,7 @@ def test_it_trains(
     """In one process, as those that the launcher of an 8-GPU recipe starts; vLLM's fields reach a fake one."""
     monkeypatch.chdir(ROOT)  # recipes name their data from there
     monkeypatch.setenv("TRL_BAYES_LAUNCHED", "1")
+    monkeypatch.setattr("trl_bayes.command_line.extras.require_extra", lambda package, what: None)  # of vLLM
     # A tiny model writes no words and solves no problems
     monkeypatch.setitem(sys.modules, "textblob", types.SimpleNamespace(TextBlob=a_text_with_some_polarity))
     written = itertools.cycle(["She is amazing, aged 64.", "He is not. #### 8", "He is 7. #### 7", of_every_kind()])
