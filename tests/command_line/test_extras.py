@@ -42,7 +42,6 @@ def test_names_the_extra(without: Any) -> None:
             "vllm",
             '`use_vllm` needs the package vllm, which is not installed: `pip install "trl_bayes[vllm]"`',
         ),
-        (["--load_in_4bit"], "bitsandbytes", "`load_in_4bit` needs the package bitsandbytes"),
         (["--use_liger_kernel"], "liger_kernel", "which is not installed: `pip install liger-kernel`"),
     ],
 )

@@ -30,7 +30,7 @@ def check_extras(model: ModelConfig, training: PosteriorConfig) -> None:
     Refuses fields of a recipe that need an optional package which is not installed.
 
     Args:
-        model ([`~trl.ModelConfig`]): adapters and quantization.
+        model ([`~trl.ModelConfig`]): adapters. (transformers itself asks for what quantization needs.)
         training ([`PosteriorConfig`]): vLLM and kernels.
 
     Raises:
@@ -40,12 +40,7 @@ def check_extras(model: ModelConfig, training: PosteriorConfig) -> None:
         require_extra("peft", "`use_peft`")
     if training.use_vllm:
         require_extra("vllm", "`use_vllm`")
-    for field, wanted, package in (
-        ("load_in_4bit", model.load_in_4bit, "bitsandbytes"),
-        ("load_in_8bit", model.load_in_8bit, "bitsandbytes"),
-        ("use_liger_kernel", training.use_liger_kernel, "liger-kernel"),
-    ):
-        if wanted and importlib.util.find_spec(package.replace("-", "_")) is None:
-            raise ImportError(
-                f"`{field}` needs the package {package}, which is not installed: `pip install {package}`."
-            )
+    if training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise ImportError(
+            "`use_liger_kernel` needs the package liger-kernel, which is not installed: `pip install liger-kernel`."
+        )
