@@ -143,9 +143,8 @@ def test_kept_samples_of_an_adapter_are_not_those_of_its_base(recipe: dict[str, 
         seen.train()
         for run in ("with", "without"):
             more = [] if run == "with" else ["--prior_samples_dir", "elsewhere"]
-            seen.evaluate(
-                model, "--output_dir", f"{name}_{run}", "--seed", "42", "--num_reference_samples", "400", *more
-            )
+            all_samples = ["--num_reference_samples", "400", "--standard_error", "0"]
+            seen.evaluate(model, "--output_dir", f"{name}_{run}", "--seed", "42", *all_samples, *more)
             log_z[name].append(read_report(f"{name}_{run}").settings["log Z"])
     for name in log_z:
         kept_z, fresh_z = log_z[name]
