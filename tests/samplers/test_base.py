@@ -102,7 +102,7 @@ REACHES_THE_POSTERIOR = [
     Importance(),
     QuasiRejection(tolerance=0.01),
     MetropolisHastings(num_steps=40),
-    MetropolisHastings("independence", num_steps=24),
+    MetropolisHastings("independence", num_steps=64),
     SequentialMonteCarlo(tokens_per_step=1, twist="rewards", num_particles=20),
     SequentialMonteCarlo(num_particles=20),
 ]

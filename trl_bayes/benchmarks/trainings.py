@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from transformers import TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
-from ..trainers.posterior_trainer import PosteriorTrainer
 from .figure import Curve, TrainingCurves
 from .learning_curve import Point
 from .section import DeviceArguments
@@ -42,7 +41,7 @@ class TrainerSetup:
     @property
     def takes_target(self) -> bool:
         """Whether the trainer takes a `target`: ours do, unless they make it from their configuration."""
-        return self.is_ours and not cast(type[PosteriorTrainer], self.trainer).makes_target
+        return self.is_ours and not getattr(self.trainer, "makes_target", False)  # a function makes none
 
 
 @dataclass(frozen=True)
