@@ -104,6 +104,24 @@ def _draw_identity(trainer: Any, rewards: list[str | None]) -> DrawIdentity:
     return DrawIdentity(model_id, weights, args.temperature, length, trainer.eos_token_ids, args.seed, tools)
 
 
+def learn(trainer: Any, rows: RowsOfData, again: bool = False) -> PriorSamples:
+    """
+    Draws what is missing of a trainer's samples of the prior, and fits its target and its `log Z` to all of them.
+
+    Args:
+        trainer ([`~trl_bayes.trainers.posterior_trainer.PosteriorTrainer`]): that learns; it draws and scores.
+        rows ([`RowsOfData`]): whose prompts are sampled.
+        again (`bool`, *optional*, defaults to `False`): see [`fit`].
+
+    Raises:
+        PriorSamplesError: as [`collect`] and [`fit`].
+    """
+    samples = prior_samples_of(trainer, rows)
+    collect(samples, rows, trainer._draw_prior, trainer._score_prior_samples, trainer)
+    fit(trainer.target, trainer.partition, samples.scores(rows.keys, rows.multiplicity), again)
+    return samples
+
+
 def collect(
     samples: PriorSamples,
     data: RowsOfData,

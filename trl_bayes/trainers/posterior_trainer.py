@@ -21,7 +21,7 @@ from ..targets import Target, build_target
 from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
 from .checkpoints import check_same_run, read_state, run_identity, save_state
 from .further_data import all_data, known_data, learn_of_further_data, rows_of
-from .learning_from_prior import GIVEN, REWARDS, as_draw, collect, fit, prior_samples_of, unrecorded
+from .learning_from_prior import GIVEN, REWARDS, as_draw, learn, unrecorded
 from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
 from .model_card import add_section
@@ -157,10 +157,7 @@ class PosteriorTrainer(GRPOTrainer):
             PriorSamplesError: the samples that are kept are of something else, or cannot be fitted to; a `ValueError`.
             ValueError: the policy is not the prior any more.
         """
-        rows = rows_of(self)
-        samples = prior_samples_of(self, rows)
-        collect(samples, rows, self._draw_prior, self._score_prior_samples, self)
-        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity), again)
+        learn(self, rows_of(self), again)
 
     def _draw_prior(self, rows: list[dict[str, Any]], seed: int) -> Draw:
         """Completions of the policy, which is still the prior, one for each row, with TRL's generation and rewards."""

@@ -14,7 +14,7 @@ from ..targets.base import weighted_sum
 from .batches import row_hashes, scorer_inputs, sequence_log_probs
 from .further_data import rows_of
 from .judge import Judge, ask, refuse_uncallable
-from .learning_from_prior import GIVEN, REWARDS, collect, fit, prior_samples_of
+from .learning_from_prior import GIVEN, REWARDS, learn
 from .metrics import show_advantages, token_kl
 from .pairs import (
     alternate,
@@ -148,9 +148,7 @@ class PreferenceTrainer(PosteriorTrainer):
 
     def learn_from_prior(self, again: bool = False) -> None:
         rows = rows_of(self)
-        samples = prior_samples_of(self, rows)
-        collect(samples, rows, self._draw_prior, self._score_prior_samples, self)
-        fit(self.target, self.partition, samples.scores(rows.keys, rows.multiplicity), again)
+        samples = learn(self, rows, again)
         self._prior_completions = samples.completions().completion_ids
         self._place = {key: place for place, key in enumerate(rows.keys.tolist())}
 
