@@ -1,21 +1,14 @@
 """Tasks of the ablation: soft and hard, with a rare mode, many prompts and few tokens."""
 
 from .exact_training import ExactProblem, problems
-from .tiny import EnumerableTask
-
-
-def _at_least_two(texts: list[str]) -> list[float]:
-    return [float(text.count("a") >= 2) for text in texts]
+from .tiny import EnumerableTask, hard_constraint_task, letter_count_task
 
 
 def _begins_rarely(texts: list[str]) -> list[float]:
     return [float(text.startswith("b c a")) for text in texts]
 
 
-def _count(texts: list[str]) -> list[float]:
-    return [text.count("a") - text.count("b") / 2 for text in texts]
-
-
+_at_least_two, _count = hard_constraint_task().reward, letter_count_task().reward
 _FOUR = ("b", "c d", "d c b", "c b")
 _SIXTEEN = tuple(f"{first} {second}" for first in "abcd" for second in "abcd")
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..estimators import Terms, leave_one_out_mean
+from ..estimators import Terms
 from ..groups import Group, pooled_log_z
 from ..partitions import Running, fixed_log_z
 from ..trainers.replay_buffer import refresh
 from .ablation_methods import Method
 from .exact_training import ExactProblem
+from .gradient_estimators import minus_siblings
 from .laws import kl
 from .noise_free import exact_loss
 from .perceptrons import Perceptrons, Prefixes
@@ -200,8 +201,8 @@ class Sampled:
             return (coefficient * log_policy.sum(dim=2)).mean() * seeds
         kl = self._token_kl(next_token, rows, drawn)  # (R, G, T)
         future = kl.detach().flip(2).cumsum(2).flip(2) - kl.detach()
-        rao = _minus_siblings(future - group.phi.unsqueeze(2))
-        sequence = _minus_siblings(whole.unsqueeze(2)).expand_as(rao)
+        rao = minus_siblings(future - group.phi.unsqueeze(2))
+        sequence = minus_siblings(whole.unsqueeze(2)).expand_as(rao)
         own = self.ablation.prefixes.mask[drawn]
         difference = torch.where(own, sequence - rao, 0.0)
         share = share_from_others((sequence * difference).sum(dim=(1, 2)), difference.square().sum(dim=(1, 2)), seeds)
@@ -224,13 +225,6 @@ class Sampled:
         return (squares - 2 * self._per_token(next_token, row, outcome).exp().masked_fill(squares == 0, 0.0)).sum(
             dim=2
         )
-
-
-def _minus_siblings(values: Tensor) -> Tensor:
-    """`(R, G, T)` minus the mean of the siblings' at the same place."""
-    flat = values.transpose(1, 2).reshape(-1, values.size(1))
-    mean = leave_one_out_mean(flat, torch.ones_like(flat, dtype=torch.bool))
-    return values - mean.view(values.size(0), values.size(2), -1).transpose(1, 2)
 
 
 def share_from_others(numerator: Tensor, denominator: Tensor, seeds: int) -> Tensor:

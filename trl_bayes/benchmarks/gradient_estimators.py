@@ -95,7 +95,7 @@ def rao_blackwellized(scored: ScoredGroup) -> Tensor:
     kl = scored.token_kl.detach()
     future = kl.flip(1).cumsum(1).flip(1) - kl  # (G, T): sum over s > t
     worth = scored.phi.unsqueeze(1) - future
-    return ((_minus_siblings(-worth) * scored.log_policy) + scored.token_kl).sum(dim=1).mean()
+    return ((minus_siblings(-worth) * scored.log_policy) + scored.token_kl).sum(dim=1).mean()
 
 
 def with_past(weight: float) -> Surrogate:
@@ -111,7 +111,7 @@ def with_past(weight: float) -> Surrogate:
     def surrogate(scored: ScoredGroup) -> Tensor:
         whole = scored.log_ratio.sum(dim=1) - scored.phi  # (G,)
         past = scored.log_ratio.cumsum(1) - scored.log_ratio  # (G, T)
-        return (_minus_siblings(whole.unsqueeze(1) - weight * past) * scored.log_policy).sum(dim=1).mean()
+        return (minus_siblings(whole.unsqueeze(1) - weight * past) * scored.log_policy).sum(dim=1).mean()
 
     return surrogate
 
@@ -121,9 +121,12 @@ def mixture(first: Surrogate, second: Surrogate, weight: float) -> Surrogate:
     return lambda scored: (1 - weight) * first(scored) + weight * second(scored)
 
 
-def _minus_siblings(values: Tensor) -> Tensor:
-    """Values `(G, T)` minus the mean of the siblings' at the same position."""
-    return values - leave_one_out_mean(values.T, torch.ones_like(values.T, dtype=torch.bool)).T
+def minus_siblings(values: Tensor) -> Tensor:
+    """Values `(..., G, T)` minus the mean of the siblings' at the same position."""
+    places = values.transpose(-1, -2)  # (..., T, G)
+    flat = places.reshape(-1, places.size(-1))
+    mean = leave_one_out_mean(flat, torch.ones_like(flat, dtype=torch.bool))
+    return values - mean.view(places.shape).transpose(-1, -2)
 
 
 SEQUENCE_LEVEL = "KL-RL, sequence-level (TRL's RLOO)"
