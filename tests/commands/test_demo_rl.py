@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
+from tests.helpers.demonstrations import DEMONSTRATIONS, VOWELS
 from trl_bayes import cli
 from trl_bayes.command_line.demonstration_recipe import DemonstrationArguments
 from trl_bayes.command_line.demonstrations import prepare
@@ -21,11 +22,6 @@ from trl_bayes.command_line.stages import Stage
 
 
 MODULE = "rewards_of_test_demo_rl"
-SOURCE = """
-def vowels(completions, **kwargs):
-    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
-"""
-DEMONSTRATIONS = [{"prompt": f"say {n}", "completion": f" {'aeiou'[n % 5]} yes"} for n in range(20)]
 COMMON = {
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
@@ -43,7 +39,7 @@ Refused = Callable[..., str]
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_models: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Both stages, of a few steps each."""
-    (tmp_path / f"{MODULE}.py").write_text(SOURCE)
+    (tmp_path / f"{MODULE}.py").write_text(VOWELS)
     write("demonstrations.jsonl", DEMONSTRATIONS, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -351,7 +347,7 @@ def test_what_changes_a_stage_changes_those_behind_it(recipe: dict[str, Any]) ->
     assert after["rl"].identity["previous"] != before["rl"].identity["previous"]
     # Another reward function of the same name
     sys.modules.pop(MODULE)
-    Path(f"{MODULE}.py").write_text(SOURCE.replace("aeiou", "aeiouy"))
+    Path(f"{MODULE}.py").write_text(VOWELS.replace("aeiou", "aeiouy"))
     assert stages_of(recipe)["rl"].functions != after["rl"].functions
 
 

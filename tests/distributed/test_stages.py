@@ -11,16 +11,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.distributed.conftest import write_config
+from tests.helpers.demonstrations import DEMONSTRATIONS, VOWELS
 from trl_bayes import cli
 
 
 pytestmark = pytest.mark.slow
 MODULE = "rewards_of_test_stages"
-SOURCE = """
-def vowels(completions, **kwargs):
-    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
-"""
-DEMONSTRATIONS = [{"prompt": f"say {n}", "completion": f" {'aeiou'[n % 5]} yes"} for n in range(20)]
 COMMON = {
     "optim": "sgd",
     "learning_rate": 0.1,
@@ -78,7 +74,7 @@ def test_all_stages_do_what_one_process_does(
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "TRL_BAYES_LAUNCHED"):
         monkeypatch.delenv(name, raising=False)
-    Path(f"{MODULE}.py").write_text(SOURCE)
+    Path(f"{MODULE}.py").write_text(VOWELS)
     Path("demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DEMONSTRATIONS))
     for num_processes in (1, 2):
         write_recipe(tiny_models.policy, num_processes)
