@@ -165,6 +165,11 @@ def pooled_log_z(
     log_sum, count = weights.masked_fill(~valid, NEG_INF).logsumexp(dim=1), valid.sum(dim=1).to(weights.dtype)
     if past_log_sum is not None and past_count is not None:
         log_sum, count = torch.logaddexp(log_sum, past_log_sum), count + past_count
+    return log_mean(log_sum, count)
+
+
+def log_mean(log_sum: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The log of a mean, from the log of the sum and the number, of any shape; `-inf` for the mean of nothing."""
     return torch.where(count > 0, log_sum - count.log(), NEG_INF)
 
 

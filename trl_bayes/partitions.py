@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from .groups import NEG_INF, Group, bounded_leave_one_out_log_z, pooled_log_z
+from .groups import NEG_INF, Group, bounded_leave_one_out_log_z, log_mean, pooled_log_z
 from .prior import PriorScores, PromptTable
 from .targets import Target
 
@@ -152,16 +152,11 @@ class Running(Partition):
         replayed ones differ at the posterior too, where the bound is all the bias that there is.
         """
         log_sum, count = self.past(keys)
-        pooled = torch.where(count > 0, log_sum - count.log(), NEG_INF)
+        pooled = log_mean(log_sum, count)
         share = (log_weights.to(log_sum) - log_sum).clamp(max=0.0).exp()  # w_i / S, but for rounding at most 1
         others = log_sum + torch.log1p(-share) - (count - 1).log()
         others = torch.where((count > 1) & pooled.isfinite(), others, pooled)
         return LogZ(torch.maximum(others, pooled - math.log(2)), pooled, self._is_told(keys))
-
-    def latest(self, keys: torch.Tensor) -> torch.Tensor:
-        """The estimate `log Z` of some prompts, shape `(B,)`, in nats; `-inf` where nothing is known."""
-        log_sum, count = self.past(keys)
-        return torch.where(count > 0, log_sum - count.log(), NEG_INF)
 
     def _is_told(self, keys: torch.Tensor) -> torch.Tensor:
         distinct, place = keys.unique(return_inverse=True)

@@ -127,8 +127,12 @@ def _largest_difference(model: PreTrainedModel, rows: list[list[int]], padding: 
 
 def tolerance(model: PreTrainedModel) -> float:
     """The largest total variation that rounding explains."""
-    is_exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    return _TOLERANCE if is_exact else _TOLERANCE_OF_ROUNDING
+    return _TOLERANCE if is_exact(model) else _TOLERANCE_OF_ROUNDING
+
+
+def is_exact(model: torch.nn.Module) -> bool:
+    """Whether a model's weights are of a precision in which rounding does not show."""
+    return next(model.parameters()).dtype in (torch.float32, torch.float64)
 
 
 @contextmanager

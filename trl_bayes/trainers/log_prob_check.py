@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from trl.trainer.utils import use_adapter
 
+from ..language_models.batching import is_exact
 from ..language_models.generation import evaluating
 from .batches import own_tokens
 
@@ -67,7 +68,7 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
     for check in checks:
         with check.using(), evaluating(check.model):
             plain = plain_log_probs(check.model, batch, rows, trainer.temperature)
-        exact = check.source is None and trainer.accelerator.mixed_precision == "no" and _is_exact(check.model)
+        exact = check.source is None and trainer.accelerator.mixed_precision == "no" and is_exact(check.model)
         allowed = TOLERANCE if exact else TOLERANCE_OF_ROUNDING
 
         def difference(scored: torch.Tensor, plain: torch.Tensor = plain) -> float:
@@ -137,10 +138,6 @@ def mean_difference(scored: torch.Tensor, plain: torch.Tensor, own: torch.Tensor
     """
     differences = (scored - plain).abs()[own & ~scored.isnan()]
     return differences.mean() if differences.numel() else plain.new_zeros(())
-
-
-def _is_exact(model: torch.nn.Module) -> bool:
-    return next(model.parameters()).dtype in (torch.float32, torch.float64)
 
 
 def _find_cause(
