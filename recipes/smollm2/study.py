@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,31 @@ def train(method: str, command: str, seed: int, runs: Path, flags: list[str]) ->
     print(f"trained {folder.name}", flush=True)
 
 
-def measure(name: str, policies: list[Path], split: str, args: argparse.Namespace, task: dict[str, Any]) -> None:
+def measure(name: str, policies: dict[str, Path], split: str, args: argparse.Namespace, task: dict[str, Any]) -> None:
     """Measures some policies on the prompts of a split, unless that is done."""
     runs, folder = args.runs, args.runs / f"measured_{split}" / name
     if (folder / "evaluation.json").exists():
         return
     data = HERE / args.task / f"{split}.jsonl"
     command = [*PROGRAMS["trl-bayes"], "evaluate", "--config", task["reference"], "--dataset_name", str(data)]
-    command += ["--policies", *(f"{path.name}={path}" for path in policies)]
+    command += ["--policies", *(f"{name}={path}" for name, path in policies.items())]
     command += ["--num_samples", str(args.num_samples), "--num_reference_samples", str(args.num_reference_samples)]
     command += ["--prior_samples_dir", str(runs / f"prior_{split}"), "--save_samples", "--overwrite"]
     command += ["--pass_at", "1", "--output_dir", str(folder)]
     call(command, runs / "logs" / f"measured_{split}_{name}.log")
     print(f"measured {name} on {split}", flush=True)
+
+
+def draw_prior(split: str, args: argparse.Namespace, task: dict[str, Any]) -> None:
+    """Draws the samples of the prior that all measurements of a split share; the prior stands in for a policy."""
+    prior = yaml.safe_load(Path(task["reference"]).read_text(encoding="utf-8"))["model_name_or_path"]
+    measure("prior", {"prior_itself": Path(prior)}, split, args, task)
+
+
+def finished(work: list[Future[None]]) -> None:
+    """Waits for all, and raises what one of them raised."""
+    for each in work:
+        each.result()
 
 
 def main() -> None:
@@ -88,15 +100,19 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     splits = [split for split in ("train", "held_out") if (HERE / args.task / f"{split}.jsonl").exists()]
     with ThreadPoolExecutor(args.jobs) as pool:
+        priors = [pool.submit(draw_prior, split, args, task) for split in splits if "measure" in args.parts]
         if "train" in args.parts:
             todo = [(name, line, seed) for seed in args.seeds for name, line in methods.items()]
             list(pool.map(lambda each: train(*each, args.runs, flags), todo))
+        finished(priors)
         if "measure" in args.parts:
-            groups = {slug(name): [args.runs / f"{slug(name)}_{seed}" for seed in args.seeds] for name in methods}
-            first = next(iter(groups))  # draws the samples of the prior, which the others find
-            list(pool.map(lambda split: measure(first, groups[first], split, args, task), splits))
-            rest = [(name, split) for name in groups if name != first for split in splits]
-            list(pool.map(lambda each: measure(each[0], groups[each[0]], each[1], args, task), rest))
+            groups = {slug(name): [f"{slug(name)}_{seed}" for seed in args.seeds] for name in methods}
+            work = [
+                pool.submit(measure, name, {run: args.runs / run for run in runs}, split, args, task)
+                for split in splits
+                for name, runs in groups.items()
+            ]
+            finished(work)
     if "report" in args.parts:
         from report import write_report
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -100,7 +101,8 @@ def draw(log_probs: Tensor, num_per_prompt: int, generator: torch.Generator) -> 
 def look_up(table: Tensor, samples: Completions) -> Tensor:
     if not len(samples):
         return table.new_zeros(0)
-    return table[samples.prompt_index, torch.tensor(samples.completion_ids).squeeze(1)]
+    outcomes = np.fromiter((i for (i,) in samples.completion_ids), np.int64, len(samples))  # the fastest way, by far
+    return table[samples.prompt_index, torch.from_numpy(outcomes)]
 
 
 def scored(w: World, log_policy: Tensor, num_per_prompt: int, generator: torch.Generator) -> Completions:

@@ -103,7 +103,7 @@ def test_moments_among_what_a_hard_constraint_allows() -> None:
     """
     target = Product([Constraint(rewards="has_e"), Moments({"starts_with_a": 0.5})])
     features = [starts_with_a, has_e]
-    settings = {"partition": "prior_samples", "num_prior_samples": 10_000}
+    settings = {"partition": "prior_samples", "num_prior_samples": 10_000, "max_steps": 280}
     trained = train_on(PLAIN_STARTS, DPGTrainer, DPGConfig, target, features, **settings)
     phi = target(trained.rewards).expand_as(trained.log_prior)
     fitted = (trained.log_prior + phi).log_softmax(dim=1)
