@@ -45,10 +45,7 @@ class Group(NamedTuple):
         Otherwise its weights are equal at the prior, whatever the evidence that was not sampled, just as they are at
         the posterior.
         """
-        valid = self.valid
-        largest = self.phi.masked_fill(~valid, NEG_INF).amax(dim=1)
-        smallest = self.phi.masked_fill(~valid, -NEG_INF).amin(dim=1)
-        return valid.any(dim=1) & (largest > smallest)
+        return differ(self.phi)
 
     @property
     def log_target(self) -> torch.Tensor:
@@ -59,6 +56,13 @@ class Group(NamedTuple):
     def log_weights(self) -> torch.Tensor:
         """`log w = log P - log q`."""
         return log_weights(self.log_target, self.log_proposal)
+
+
+def differ(phi: torch.Tensor) -> torch.Tensor:
+    """Whether some of the log-potentials of each prompt differ, boolean `(P,)` from `(P, N)`; NaN is left out."""
+    largest = phi.nan_to_num(nan=NEG_INF, neginf=NEG_INF).amax(dim=1)
+    smallest = phi.nan_to_num(nan=-NEG_INF, neginf=NEG_INF).amin(dim=1)
+    return largest > smallest
 
 
 def finite_exp(x: torch.Tensor) -> torch.Tensor:
