@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from .groups import NEG_INF, Group, bounded_leave_one_out_log_z, differ, log_mean, pooled_log_z
+from .groups import NEG_INF, Group, bounded_fixed_log_z, bounded_leave_one_out_log_z, differ, log_mean, pooled_log_z
 from .prior import PriorScores, PromptTable, log_z_from_prior
 from .targets import Target
 
@@ -224,7 +224,7 @@ class FromPriorSamples(Partition):
 
     def log_z(self, group: Group) -> LogZ:
         log_z, number, informed = self._of(_keys(group), group.log_weights)
-        visits, by_samples = self._visits.log_z(group), self._with_own(log_z, number, group.log_weights, group.valid)
+        visits, by_samples = self._visits.log_z(group), bounded_fixed_log_z(log_z, number, group.log_weights)
         return LogZ(
             torch.where(informed.unsqueeze(1), by_samples, visits.of_completion),
             torch.where(informed, log_z, visits.of_prompt),
@@ -238,8 +238,7 @@ class FromPriorSamples(Partition):
 
     def of_reused(self, keys: torch.Tensor, log_weights: torch.Tensor) -> LogZ:
         log_z, number, informed = self._of(keys, log_weights)
-        own = log_weights.unsqueeze(1)
-        by_samples = self._with_own(log_z, number, own, torch.ones_like(own, dtype=torch.bool)).squeeze(1)
+        by_samples = bounded_fixed_log_z(log_z, number, log_weights.unsqueeze(1)).squeeze(1)
         visits = self._visits.of_reused(keys, log_weights)
         return LogZ(
             torch.where(informed, by_samples, visits.of_completion),
@@ -252,16 +251,6 @@ class FromPriorSamples(Partition):
         assert self.table is not None  # the trainer calls `learn` first
         log_z, number, informed = self.table.lookup(keys).to(like).unbind(dim=1)
         return log_z, number, informed.bool()
-
-    @staticmethod
-    def _with_own(
-        log_z: torch.Tensor, number: torch.Tensor, log_weights: torch.Tensor, valid: torch.Tensor
-    ) -> torch.Tensor:
-        """`log Z_i` of each completion alone beside the samples, `(P, G)`."""
-        each, size = (-1, 1), log_weights.size(1)
-        log_sum, count = ((log_z + number.log()).repeat_interleave(size), number.repeat_interleave(size))
-        found = bounded_leave_one_out_log_z(log_weights.reshape(each), valid.reshape(each), log_sum, count)
-        return found.view_as(log_weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.table is None else {**self.table.state_dict(), "visits": self._visits.state_dict()}

@@ -6,6 +6,7 @@ The tiny prior's completions are all enumerated, so every sample on disk can be 
 import asyncio
 import functools
 import inspect
+import math
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from tests.helpers.trainers import QUIET, TRAINERS
 from tests.helpers.training import from_trl, lora, step_logs
 from tests.helpers.vllm import GroupingServer
 from trl_bayes.benchmarks.tiny import letter_count_task
+from trl_bayes.groups import bounded_fixed_log_z
 from trl_bayes.prior import prompt_key
 from trl_bayes.rewards import length_between
 from trl_bayes.trainers.batches import row_hash
@@ -252,6 +254,37 @@ def test_a_rare_event_that_no_sample_shows(make: Make) -> None:
     ):
         trainer.train()
     assert_same(weights(trainer), before)
+
+
+@from_trl
+def test_a_soft_event_that_no_sample_shows(make: Make) -> None:
+    """Nothing is known of Z until training meets it, and then its factor is bounded: without the rule it is 22,025."""
+    successes = iter([False] * (4 * 30 + 16))  # the prior's samples, and the first batch
+
+    def rare(completions: list[str], **kwargs: Any) -> list[float]:
+        return [0.0 if not next(successes, True) else 1.0 for _ in completions]
+
+    def then_one_of_each_group(completions: list[str], **kwargs: Any) -> list[float]:
+        return [value * (i % 4 == 0) for i, value in enumerate(rare(completions))]
+
+    tilt = {"name": "tilt", "beta": 0.1}
+    config = {"partition": "prior_samples", "max_steps": 2, "learning_rate": 0.0}
+    trainer = make("dpg", tilt, config, reward_funcs=then_one_of_each_group, train_dataset=TASK.dataset(4))
+    seen: list[torch.Tensor] = []
+    terms = trainer._posterior_terms
+
+    def keep(*args: Any) -> Any:
+        seen.append((found := terms(*args))["advantages"])
+        return found
+
+    trainer._posterior_terms = keep  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="^4 of 4 prompts have 30 prior samples without a difference"):
+        trainer.train()
+    first, second = step_logs(trainer)
+    unknown = {"posterior/log_z", "posterior/ess", "posterior/reverse_kl", "posterior/forward_kl"}
+    assert not unknown & first.keys() and "posterior/kl_prior" in first
+    assert second["posterior/log_z"] == pytest.approx(math.log((30 + 7 + math.exp(10)) / 38), abs=1e-4)
+    assert seen[0].abs().max() < 1e-4 and 40 < seen[1].max() < 4 / 3 * 38
 
 
 def test_rows_with_other_columns_are_other_prompts(make: Make, prior: Prior, tmp_path: Path) -> None:
@@ -805,8 +838,12 @@ def test_replayed_completions_keep_the_fixed_evidence(kind: str, make: Make) -> 
     assert len(batches[-1]["usable"]) == 32 and len(batches[0]["usable"]) == 16
     assert trainer.partition.table is not None
     for batch in batches:
-        expected = trainer.partition.table.lookup(batch["prompt_key"])[:, 0].to(batch["log_z"])
+        log_z, number, informed = trainer.partition.table.lookup(batch["prompt_key"]).to(batch["log_z"]).T
+        assert informed.all() and (number == 30).all()
+        own = batch["log_target"] - batch["log_proposal"]
+        expected = bounded_fixed_log_z(log_z, number, own.unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(batch["log_z"], expected, rtol=0, atol=0)
+        assert (batch["log_z"] == log_z)[own < log_z + math.log(34 / 3) - 1e-5].all()
 
 
 @ties

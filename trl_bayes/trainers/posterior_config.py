@@ -97,8 +97,9 @@ class PosteriorConfig(GRPOConfig):
             `"warn"`: one warning that says where training goes instead, and a mark in the model card.
         check_log_probs (`bool`, *optional*, defaults to `True`):
             Before the first update, compares the log-probabilities of a few completions (the policy's, the prior's and
-            vLLM's) with those of a plain forward pass without padding, in evaluation mode. Training stops where they
-            differ by more than rounding: the result would not be the posterior.
+            vLLM's) with those of a plain forward pass without padding, in evaluation mode, and what `generate` gives
+            three tokens with what a forward pass gives them. Training stops where they differ by more than rounding:
+            the result would not be the posterior.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target"]
@@ -162,8 +163,8 @@ class PosteriorConfig(GRPOConfig):
     check_log_probs: bool = field(
         default=True,
         metadata={
-            "help": "Before the first update, compare the scores of a few completions with a plain unpadded forward "
-            "pass, and stop where they differ by more than rounding."
+            "help": "Before the first update, compare the scores of a few completions, and generation's own, with a "
+            "plain unpadded forward pass, and stop where they differ by more than rounding."
         },
     )
     inexact_settings: str = field(
