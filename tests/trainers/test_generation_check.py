@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.helpers.architectures import build_model
 from tests.helpers.trainers import QUIET, TRAINERS
-from trl_bayes.benchmarks.tiny import letter_count_task
+from trl_bayes.benchmarks.tiny import build_tiny_tokenizer, letter_count_task
 from trl_bayes.language_models import batching
 from trl_bayes.trainers.generation_check import refuse_other_generation
 
@@ -144,3 +145,17 @@ def test_what_others_sample_is_not_generated_again(attribute: str, make: Make) -
     refuse_other_generation(trainer, prompts | {"num_images": [1]})
     setattr(trainer, attribute, True)
     refuse_other_generation(trainer, prompts)
+
+
+def test_encoder_decoder_models_are_refused(tmp_path: Path) -> None:
+    tokenizer = build_tiny_tokenizer("abcdef")
+    start = tokenizer.pad_token_id
+    sizes = {"vocab_size": len(tokenizer), "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, decoder_start_token_id=start, pad_token_id=start)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = TRAINERS["kl_rl"].config(**QUIET, output_dir=str(tmp_path), num_generations=4)
+    with pytest.raises(
+        ValueError, match="^T5ForConditionalGeneration is an encoder-decoder model, and .* decoder-only"
+    ):
+        TRAINERS["kl_rl"].trainer(str(tmp_path), TASK.reward_func, args, TASK.dataset(16))
