@@ -15,7 +15,6 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 from ..estimators import Estimator, Terms
-from ..language_models.generation import refuse_encoder_decoder
 from ..partitions import make_partition
 from ..prior import Draw, KeptCompletions
 from ..targets import Target, build_target
@@ -127,7 +126,6 @@ class PosteriorTrainer(GRPOTrainer):
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
-        refuse_encoder_decoder(self.accelerator.unwrap_model(self.model))
         make_exact(self.model, self.ref_model, self.accelerator, without_noise=args.disable_dropout)
         if not self.use_vllm:  # which is given TRL's settings only
             refuse_inexact_model_defaults(self.model.generation_config, self.generation_kwargs, args)
