@@ -136,10 +136,19 @@ def test_errors_of_the_first_visit_are_at_most_1_2_times_those_with_the_true_z(r
         assert gradient_successes.squared_error(estimator, rate, ours).of() < 1.2 * best.of()
 
 
-@pytest.mark.parametrize(("rate", "ours", "plain"), [(0.001, 0.0347, 488), (0.01, 0.948, 21_200), (0.2, 1.62, 1.65)])
-def test_errors_with_samples_of_the_prior(rate: float, ours: float, plain: float) -> None:
-    """DPG, over those with the true Z: 100 samples, of which often none or one is a success; and their mean alone."""
-    estimator = ImportanceWeights(get_divergence("forward_kl"))
+@pytest.mark.parametrize(
+    ("divergence", "rate", "ours", "plain"),
+    [
+        ("forward_kl", 0.001, 0.0347, 488),
+        ("forward_kl", 0.01, 0.948, 21_200),
+        ("forward_kl", 0.2, 1.62, 1.65),
+        ("jensen_shannon", 0.001, 0.527, 1.73),
+    ],
+)
+def test_errors_with_samples_of_the_prior(divergence: str, rate: float, ours: float, plain: float) -> None:
+    """Over those with the true Z: 100 samples, of which often none or one is a success; and their mean alone."""
+    kind = ImportanceWeights if divergence == "forward_kl" else ScoreFunction
+    estimator = kind(get_divergence(divergence))
     best = gradient_successes.squared_error(estimator, rate, gradient_successes.known).of()
     for is_bounded, expected in ((True, ours), (False, plain)):
         found = gradient_successes.squared_error_by_samples(estimator, rate, is_bounded).of()
