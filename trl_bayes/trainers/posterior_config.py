@@ -80,8 +80,8 @@ class PosteriorConfig(GRPOConfig):
             back and the same where they do not. `"prior_samples"`: from `num_prior_samples` samples of the prior for
             each prompt, drawn before the first update and then fixed, which makes the gradient unbiased given them
             (but for a completion that contradicts them, and prompts whose samples are all worth the same: these go on
-            as `"running"`). `"known"`: the target's own, for one that knows it (`calibrated`, `chi_squared`). With the last two
-            `num_generations=1` works: a completion is compared with what all are worth at the posterior.
+            as `"running"`). `"known"`: the target's own, for one that knows it (`calibrated`, `chi_squared`). With the
+            last two `num_generations=1` works: a completion is compared with what all are worth at the posterior.
         num_prior_samples (`int`, *optional*, defaults to `100`):
             Samples of the prior for each prompt, where the target or the partition needs them.
         prior_samples_dir (`str`, *optional*):
