@@ -1,4 +1,4 @@
-"""The running partition: means pooled over visits, by hand, and through a checkpoint file."""
+"""Partitions by hand: means pooled over visits, samples of the prior that tell Z or do not, and checkpoint files."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from trl_bayes.divergences import get_divergence
+from trl_bayes.estimators import trajectory_balance_coefficient
 from trl_bayes.groups import Group, pooled_log_z
-from trl_bayes.partitions import Running
+from trl_bayes.partitions import FromPriorSamples, Running
+from trl_bayes.prior import PriorScores
+from trl_bayes.targets import Target
 
 
 INF = math.inf
@@ -140,3 +144,124 @@ def test_a_saved_state_is_a_snapshot() -> None:
     restored.load_state_dict(state)
     assert len(restored) == 1
     assert restored.past(keys(1))[1].tolist() == [3]
+
+
+# --- samples of the prior --------------------------------------------------------------------------------------------
+
+N = 100
+
+
+class Identity(Target):
+    """`phi` is the reward, at most 5; -99 is no evidence."""
+
+    hard = True
+
+    def log_potential(self, rewards: Tensor) -> Tensor:
+        return rewards[:, 0].masked_fill(rewards[:, 0] == -99, -INF)
+
+    def max_log_potential(self) -> float:
+        return 5.0
+
+
+def from_prior(*phi: list[float]) -> FromPriorSamples:
+    """The partition after it has seen these log-potentials, of prompts 0, 1, ..."""
+    partition, rewards = FromPriorSamples(), torch.tensor(phi).unsqueeze(2)
+    scores = PriorScores(rewards, torch.zeros(rewards.shape[:2]), torch.arange(len(phi)))
+    target = Identity()
+    target.bind(["reward"], None)
+    partition.learn(scores, target)
+    return partition
+
+
+def groups_of(*weights: list[float]) -> Group:
+    """Groups of prompts 0, 1, ... at the prior."""
+    return group(torch.arange(len(weights)), torch.tensor(weights), torch.ones(len(weights), len(weights[0])).bool())
+
+
+SILENT, SHOWN = [0.0] * N, [0.0] * (N - 1) + [2.0]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("prior", [SILENT, SHOWN], ids=["silent", "shown"])
+def test_a_success_that_no_prior_sample_shows_has_a_bounded_ratio(prior: list[float], size: int) -> None:
+    """DPG's factor was 22,025 here."""
+    weights = [10.0] + [0.0] * (size - 1)
+    log_z = from_prior(prior).log_z(groups_of(weights))
+    counted = N + (1 if prior is SHOWN else size)
+    assert 10 < math.exp(10 - log_z.of_completion[0, 0].item()) <= 4 / 3 * counted * (1 + 1e-5)
+    failures = log_z.of_completion[0, 1:]
+    if prior is SHOWN:  # which keep the samples' own Z, that training has no part in
+        assert failures.tolist() == pytest.approx([math.log((99 + math.exp(2)) / 100)] * (size - 1), abs=1e-6)
+        assert log_z.of_prompt.item() == pytest.approx(math.log((99 + math.exp(2)) / 100), abs=1e-6)
+    else:
+        expected = math.log((N + size - 2 + math.exp(10)) / (N + size - 1))
+        assert failures.tolist() == pytest.approx([expected] * (size - 1), abs=1e-5)
+
+
+def test_samples_that_differ_are_contradicted_by_heavy_completions_only() -> None:
+    log_z = math.log((99 + math.exp(2)) / 100)
+    largest = log_z + math.log((N + 4) / 3)
+    found = from_prior(SHOWN).log_z(groups_of([largest - 1e-3, largest + 1e-3, -5.0, -INF])).of_completion[0]
+    assert (found - log_z).abs().lt(1e-6).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("prior", [SILENT, SHOWN], ids=["silent", "shown"])
+def test_the_fixed_point_of_prior_samples_stays(prior: list[float]) -> None:
+    """At the posterior all weights are Z, here far from the estimate: all ratios are equal, and the gradient is 0."""
+    found = from_prior(prior).log_z(groups_of([7.0, 7.0, 7.0])).of_completion[0]
+    assert found.tolist() == [found[0].item()] * 3
+
+
+@pytest.mark.parametrize(("name", "limit"), [("reverse_kl", 0.42), ("jensen_shannon", 0.5), ("forward_kl", 0.34)])
+def test_off_policy_at_the_posterior_trajectory_balance_is_off_by_order_1_over_n(name: str, limit: float) -> None:
+    """Completions of the prior, at all sizes and rates of a success: the mean of the factor, which is to be 0."""
+    divergence, worst = get_divergence(name), {}
+    for number in (10, 100, 1000):
+        log_ratio = torch.linspace(0, 3 * math.log(number), 200)  # log p/q of a success
+        rate = torch.exp(-log_ratio)  # that p gives nearly all to
+        partition = from_prior([0.0] * (number - 1) + [1e-7])
+        log_z = partition.log_z(groups_of(log_ratio.tolist())).of_completion[0]
+        factor = trajectory_balance_coefficient(log_ratio, log_ratio, log_z, divergence)
+        worst[number] = (rate * factor).abs().max().item()
+    assert all(value * number < limit for number, value in worst.items())
+    assert worst[10] > 30 * worst[1000] > 0
+
+
+def test_what_informs() -> None:
+    """Log-potentials that differ, or the largest that there is; NaN says nothing."""
+    partition = from_prior(
+        [0.0, 1.0], [0.0, 0.0], [5.0, 5.0], [0.0, math.nan], [-99.0, -99.0], [-99.0, 0.0], [math.nan] * 2
+    )
+    silent = groups_of(*[[0.0, 0.0]] * 7)
+    assert partition.log_z(silent).is_informed.tolist() == [True, False, True, False, False, True, False]
+    assert partition.warning is not None
+    assert partition.warning.startswith(
+        "4 of 7 prompts have 2 prior samples without a difference in log-potential (2 of"
+    )
+    assert from_prior([0.0, 1.0], [5.0, 5.0]).warning is None
+
+
+def test_visits_tell_what_the_samples_have_not(tmp_path: Path) -> None:
+    """The mean of all weights, those of the samples included, and through a checkpoint; an informed Z stays."""
+    partition = from_prior(SILENT, SHOWN)
+    before = partition.log_z(groups_of([0.0, 0.0], [0.0, 0.0]))
+    partition.update(groups_of([3.0, 0.0], [3.0, 0.0]))
+    torch.save(partition.state_dict(), tmp_path / "state.pt")
+    restored = FromPriorSamples()
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for each in (partition, restored):
+        after = each.log_z(groups_of([0.0, 0.0], [0.0, 0.0]))
+        assert after.of_prompt.tolist() == pytest.approx(
+            [math.log((N + 3 + math.exp(3)) / (N + 4)), before.of_prompt[1].item()]
+        )
+        assert (before.is_informed.tolist(), after.is_informed.tolist()) == ([False, True], [True, True])
+        reused = each.of_reused(keys(0, 1), torch.tensor([3.0, 3.0]))
+        assert reused.of_completion.tolist() == pytest.approx(
+            [math.log(1), before.of_completion[1, 0].item()], abs=1e-6
+        )
+
+
+def test_the_state_of_an_earlier_version_is_refused() -> None:
+    state = {"keys": torch.arange(2), "values": torch.zeros(2)}
+    with pytest.raises(ValueError, match="written by an earlier version of trl_bayes"):
+        FromPriorSamples().load_state_dict(state)

@@ -16,6 +16,7 @@ import torch
 
 
 NEG_INF = float("-inf")
+_LEAST_OF_ALL = math.log(3 / 4)  # of the mean of all weights, that a heavy one is compared with
 
 
 class Group(NamedTuple):
@@ -45,10 +46,7 @@ class Group(NamedTuple):
         Otherwise its weights are equal at the prior, whatever the evidence that was not sampled, just as they are at
         the posterior.
         """
-        valid = self.valid
-        largest = self.phi.masked_fill(~valid, NEG_INF).amax(dim=1)
-        smallest = self.phi.masked_fill(~valid, -NEG_INF).amin(dim=1)
-        return valid.any(dim=1) & (largest > smallest)
+        return differ(self.phi)
 
     @property
     def log_target(self) -> torch.Tensor:
@@ -59,6 +57,13 @@ class Group(NamedTuple):
     def log_weights(self) -> torch.Tensor:
         """`log w = log P - log q`."""
         return log_weights(self.log_target, self.log_proposal)
+
+
+def differ(phi: torch.Tensor) -> torch.Tensor:
+    """Whether some of the log-potentials of each prompt differ, boolean `(P,)` from `(P, N)`; NaN is left out."""
+    largest = phi.nan_to_num(nan=NEG_INF, neginf=NEG_INF).amax(dim=1)
+    smallest = phi.nan_to_num(nan=-NEG_INF, neginf=NEG_INF).amin(dim=1)
+    return largest > smallest
 
 
 def finite_exp(x: torch.Tensor) -> torch.Tensor:
@@ -145,7 +150,26 @@ def bounded_leave_one_out_log_z(
     """
     without = leave_one_out_log_z(weights, valid, past_log_sum, past_count)
     of_all = pooled_log_z(weights, valid, past_log_sum, past_count).unsqueeze(1)
-    return torch.maximum(without, of_all + math.log(3 / 4))
+    return torch.maximum(without, of_all + _LEAST_OF_ALL)
+
+
+def bounded_fixed_log_z(log_z: torch.Tensor, number: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    A `Z` from `N` samples of its own, for a completion that contradicts it too: `max(Z, 3/4 (N Z + w_i) / (N + 1))`.
+
+    The rule of [`bounded_leave_one_out_log_z`] for a completion that is alone with these samples: it acts on weights
+    above `(N + 4)/3 Z`, and bounds `w_i / Z_i` by `4/3 (N + 1)`.
+
+    Args:
+        log_z, number (`torch.Tensor`): `log Z` and `N` of each prompt, `(P,)`.
+        weights (`torch.Tensor`): log importance weights `(P, G)`; NaN where there is none.
+
+    Returns:
+        `torch.Tensor`: shape `(P, G)`.
+    """
+    log_z, number = log_z.unsqueeze(1), number.unsqueeze(1)
+    of_all = torch.logaddexp(log_z + number.log(), weights.nan_to_num(nan=NEG_INF)) - (number + 1).log()
+    return torch.maximum(log_z, of_all + _LEAST_OF_ALL)
 
 
 def pooled_log_z(

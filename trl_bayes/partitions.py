@@ -1,15 +1,14 @@
 """How log Z is found: from the group itself, from all visits to a prompt, from samples of the prior, or known."""
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from .groups import NEG_INF, Group, bounded_leave_one_out_log_z, log_mean, pooled_log_z
-from .prior import PriorScores, PromptTable
+from .groups import NEG_INF, Group, bounded_fixed_log_z, bounded_leave_one_out_log_z, differ, log_mean, pooled_log_z
+from .prior import PriorScores, PromptTable, log_z_from_prior
 from .targets import Target
 
 
@@ -40,6 +39,9 @@ class Partition(ABC):
 
     needs_prior_samples: bool = False
     """Whether [`~Partition.learn`] must be called with scored samples of the prior before it is used."""
+
+    warning: str | None = None
+    """What a user should know of what it has learned."""
 
     @property
     def is_ready(self) -> bool:
@@ -158,6 +160,11 @@ class Running(Partition):
         others = torch.where((count > 1) & pooled.isfinite(), others, pooled)
         return LogZ(torch.maximum(others, pooled - math.log(2)), pooled, self._is_told(keys))
 
+    def start(self, keys: torch.Tensor, log_sum: torch.Tensor, count: torch.Tensor) -> None:
+        """Gives prompts a past, of samples of anything: as [`~Running.past`] has it. What has a past keeps it."""
+        for key, *past in zip(keys.tolist(), log_sum.tolist(), count.tolist(), strict=True):
+            self._past.setdefault(key, (past[0], past[1]))
+
     def _is_told(self, keys: torch.Tensor) -> torch.Tensor:
         distinct, place = keys.unique(return_inverse=True)
         return torch.tensor([key in self._told for key in distinct.tolist()], device=keys.device)[place]
@@ -180,37 +187,95 @@ class Running(Partition):
 
 
 class FromPriorSamples(Partition):
-    """`Z` from samples of the prior: `log mean exp phi`, drawn before the first update and then fixed."""
+    """
+    `Z` from `N` samples of the prior, `Z_N = mean exp phi`, drawn before the first update and then fixed.
+
+    A completion so heavy that it contradicts them joins them, `Z_i = max(Z_N, 3/4 (N Z_N + w_i) / (N + 1))`: the rule
+    of the lone success, which bounds `w_i / Z_i` by `4/3 (N + 1)` and acts on no `w_i` below `(N + 4)/3 Z_N`.
+    On-policy at the posterior all weights are equal, so the fixed point stays where it is. Elsewhere it acts on what
+    `q` draws with a probability of at most `3/N` (Markov's inequality, `E_q[w] = Z`).
+
+    Samples that all have the same log-potential say nothing of completions with another, unless theirs is the largest
+    that there is. `Z` of such a prompt is that of [`Running`], which starts from these samples.
+    """
 
     name = "prior_samples"
     needs_prior_samples = True
 
     def __init__(self) -> None:
-        self.table: PromptTable | None = None
+        self.table: PromptTable | None = None  # log Z_N, N and whether they inform, (P, 3)
+        self._visits = Running()  # of prompts that are not informed
 
     @property
     def is_ready(self) -> bool:
         return self.table is not None
 
     def learn(self, prior: PriorScores, target: Target) -> None:
-        log_z = prior.estimate_log_z(target).log_z
-        self.table = PromptTable.of(prior.keys, log_z)
-        if without := int((~log_z.isfinite()).sum()):
-            warnings.warn(
-                f"{without} of {len(log_z)} prompts have no prior sample with evidence, so they are left out of "
-                "training: increase `num_prior_samples`, or set `partition='running'`.",
-                stacklevel=2,
-            )
+        phi = prior.log_potential(target)
+        log_z = log_z_from_prior(phi).log_z
+        number = (~phi.isnan()).sum(dim=1).to(log_z)
+        largest = target.max_log_potential()
+        informed = log_z.isfinite() & (differ(phi) | (phi == (math.inf if largest is None else largest)).any(dim=1))
+        self.table = PromptTable.of(prior.keys, torch.stack([log_z, number, informed.to(log_z)], dim=1))
+        others = ~informed
+        log_sum = torch.where(number > 0, log_z + number.log(), NEG_INF)
+        self._visits.start(prior.keys[others], log_sum[others], number[others])
+        self.warning = _not_informed(int(others.sum()), int((log_sum == NEG_INF).sum()), phi.shape)
 
     def log_z(self, group: Group) -> LogZ:
+        log_z, number, informed = self._of(_keys(group), group.log_weights)
+        visits, by_samples = self._visits.log_z(group), bounded_fixed_log_z(log_z, number, group.log_weights)
+        return LogZ(
+            torch.where(informed.unsqueeze(1), by_samples, visits.of_completion),
+            torch.where(informed, log_z, visits.of_prompt),
+            informed | visits.is_informed,
+        )
+
+    def update(self, group: Group) -> None:
+        others = ~self._of(_keys(group), group.log_weights)[2]
+        if others.any():
+            self._visits.update(Group(*(each[others] for each in group if each is not None)))
+
+    def of_reused(self, keys: torch.Tensor, log_weights: torch.Tensor) -> LogZ:
+        log_z, number, informed = self._of(keys, log_weights)
+        by_samples = bounded_fixed_log_z(log_z, number, log_weights.unsqueeze(1)).squeeze(1)
+        visits = self._visits.of_reused(keys, log_weights)
+        return LogZ(
+            torch.where(informed, by_samples, visits.of_completion),
+            torch.where(informed, log_z, visits.of_prompt),
+            informed | visits.is_informed,
+        )
+
+    def _of(self, keys: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`log Z_N`, `N` and whether they inform, of some prompts, `(P,)` each."""
         assert self.table is not None  # the trainer calls `learn` first
-        return fixed_log_z(self.table.lookup(_keys(group)), group)
+        log_z, number, informed = self.table.lookup(keys).to(like).unbind(dim=1)
+        return log_z, number, informed.bool()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.table is None else dict(self.table.state_dict())
+        return {} if self.table is None else {**self.table.state_dict(), "visits": self._visits.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.table = PromptTable(**state) if state else None
+        if state and "visits" not in state:
+            raise ValueError(
+                "The checkpoint was written by an earlier version of trl_bayes, which kept less of the samples of the "
+                "prior: start a new run from the checkpoint's weights."
+            )
+        self.table = PromptTable(state["keys"], state["values"]) if state else None
+        if state:
+            self._visits.load_state_dict(state["visits"])
+
+
+def _not_informed(number: int, without: int, shape: torch.Size) -> str | None:
+    """One sentence for prompts whose samples of the prior do not tell `Z`; `without` of them have no evidence."""
+    if number == 0:
+        return None
+    evidence = f" ({without} of them: none with evidence)" if without else ""
+    return (
+        f"{number} of {shape[0]} prompts have {shape[1]} prior samples without a difference in log-potential"
+        f"{evidence}, so a rarer completion was not seen and Z is told by what training samples besides, as with "
+        "`partition='running'`: increase `num_prior_samples`, unless the reward of these prompts is constant."
+    )
 
 
 class Known(Partition):

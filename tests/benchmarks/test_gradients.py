@@ -136,6 +136,25 @@ def test_errors_of_the_first_visit_are_at_most_1_2_times_those_with_the_true_z(r
         assert gradient_successes.squared_error(estimator, rate, ours).of() < 1.2 * best.of()
 
 
+@pytest.mark.parametrize(
+    ("divergence", "rate", "ours", "plain"),
+    [
+        ("forward_kl", 0.001, 0.0347, 488),
+        ("forward_kl", 0.01, 0.948, 21_200),
+        ("forward_kl", 0.2, 1.62, 1.65),
+        ("jensen_shannon", 0.001, 0.527, 1.73),
+    ],
+)
+def test_errors_with_samples_of_the_prior(divergence: str, rate: float, ours: float, plain: float) -> None:
+    """Over those with the true Z: 100 samples, of which often none or one is a success; and their mean alone."""
+    kind = ImportanceWeights if divergence == "forward_kl" else ScoreFunction
+    estimator = kind(get_divergence(divergence))
+    best = gradient_successes.squared_error(estimator, rate, gradient_successes.known).of()
+    for is_bounded, expected in ((True, ours), (False, plain)):
+        found = gradient_successes.squared_error_by_samples(estimator, rate, is_bounded).of()
+        assert found / best == pytest.approx(expected, rel=5e-3)
+
+
 def test_the_squared_error_with_the_true_z_by_hand() -> None:
     """DPG's coefficient is 1 - w/Z of a success and of a failure, so that completions are independent."""
     rate, size = 0.1, 5

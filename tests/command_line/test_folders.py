@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_bayes.command_line.folders import prepare_folder
+from trl_bayes.command_line.folders import gone_if_unused, prepare_folder
 
 
 def test_a_folder_is_made_and_left_as_it_is(tmp_path: Path) -> None:
@@ -27,3 +27,20 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
         prepare_folder(str(tmp_path / "file" / "x"), overwrite=True)
     with pytest.raises(ValueError, match=r"`output_dir=.*file` cannot be written to: File exists."):
         prepare_folder(str(tmp_path / "file"), overwrite=True)
+
+
+def test_what_was_made_for_nothing_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for used in (False, True):
+        folder = tmp_path / "runs" / "a" / str(used)
+        with pytest.raises(RuntimeError), gone_if_unused(str(folder)):
+            prepare_folder(str(folder), overwrite=False)
+            if used:
+                (folder / "file").write_text("x")
+            raise RuntimeError
+        assert folder.exists() == used and (tmp_path / "runs").exists()
+        assert (tmp_path / "runs" / "a").exists() == used
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RuntimeError), gone_if_unused(str(tmp_path / "empty")):
+        raise RuntimeError
+    assert (tmp_path / "empty").exists()

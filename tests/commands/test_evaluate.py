@@ -174,7 +174,8 @@ def test_a_rare_event_is_not_printed_as_a_number(recipe: dict[str, Any], capsys:
         assert not estimate.trusted and estimate.note
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if "log Z" in line]
-    assert line.count("not reliable") == 3 and "effective samples of the posterior for some prompt" in printed
+    assert line.count("not reliable") == 3
+    assert "effective samples of the posterior for some prompt: raise `--num_reference_samples`" in printed
     assert "distinct_2" not in metrics(report, "policy") and "self-BLEU" not in printed
 
 

@@ -15,6 +15,7 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    XLNetConfig,
 )
 
 from trl_bayes.benchmarks.tiny import build_tiny_tokenizer
@@ -70,11 +71,16 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     # Noise on the router's input
     "mixtral": (MixtralConfig, LLAMA | {"num_local_experts": 2, "router_jitter_noise": 0.2}),
 }
+OTHERS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    # Generation gives it a mask token and a permutation, which a forward pass does not have
+    "xlnet": (XLNetConfig, {"d_model": 32, "d_inner": 80, "n_layer": 2, "n_head": 4, "dropout": 0.0}),
+}
+"""That cannot be trained."""
 
 
 def build_model(folder: Path, architecture: str, letters: str = "abcdef", seed: int = 0) -> str:
     """Saves a model and its tokenizer to a folder; matrices have standard deviation 1/sqrt(inputs), embeddings 1."""
-    config_class, sizes = ARCHITECTURES[architecture]
+    config_class, sizes = (ARCHITECTURES | OTHERS)[architecture]
     tokenizer = build_tiny_tokenizer(letters)
     config = config_class(
         **sizes,

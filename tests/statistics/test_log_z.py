@@ -12,7 +12,9 @@ from trl_bayes.statistics.log_z import log_z_per_prompt, log_z_variance
 def test_evidence_that_a_bound_shows_to_be_missing() -> None:
     """All weights are equal and the effective sample size is full, but a completion may exist that dwarfs them."""
     phi, index = torch.full((1000,), -20.0), torch.zeros(1000, dtype=torch.int64)
-    assert log_z_per_prompt(phi, index, 1).average().trusted
+    estimate = log_z_per_prompt(phi, index, 1).average()
+    assert not estimate.trusted and "have the same weight" in estimate.note
+    assert log_z_per_prompt(phi.index_fill(0, torch.tensor([3]), -19.0), index, 1).trusted
     estimate = log_z_per_prompt(phi, index, 1, max_log_weight=0.0).average()
     assert not estimate.trusted and "too rare to have been seen" in estimate.note
     assert log_z_per_prompt(phi, index, 1, max_log_weight=-15.0).trusted  # 1000 e^-5 = 6.7 of the bound

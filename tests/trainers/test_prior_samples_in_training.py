@@ -6,6 +6,7 @@ The tiny prior's completions are all enumerated, so every sample on disk can be 
 import asyncio
 import functools
 import inspect
+import math
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from tests.helpers.trainers import QUIET, TRAINERS
 from tests.helpers.training import from_trl, lora, step_logs
 from tests.helpers.vllm import GroupingServer
 from trl_bayes.benchmarks.tiny import letter_count_task
+from trl_bayes.groups import bounded_fixed_log_z
 from trl_bayes.prior import prompt_key
 from trl_bayes.rewards import length_between
 from trl_bayes.trainers.batches import row_hash
@@ -176,7 +178,7 @@ def test_samples_have_their_probability_under_the_prior_and_their_rewards(
     log_z = (totals / 0.7).logsumexp(dim=1) - torch.tensor(30.0).log()
     keys = torch.tensor([row_hash(row) for row in TASK.dataset(4)])
     assert trainer.partition.table is not None
-    torch.testing.assert_close(trainer.partition.table.lookup(keys).float(), log_z, rtol=0, atol=1e-4)
+    torch.testing.assert_close(trainer.partition.table.lookup(keys)[:, 0].float(), log_z, rtol=0, atol=1e-4)
 
 
 def test_samples_follow_the_prior(make: Make, prior: Prior, tmp_path: Path) -> None:
@@ -229,7 +231,9 @@ def test_a_prompt_without_any_reward_is_left_out(make: Make) -> None:
     assert step_logs(trainer)[0]["posterior/frac_unscored"] == pytest.approx(1 / 4)
     assert all(value.isfinite().all() for value in weights(trainer).values())
 
-    with pytest.warns(UserWarning, match="1 of 4 prompts have no prior sample with evidence, so they are left out"):
+    with pytest.warns(
+        UserWarning, match=r"^1 of 4 prompts have 30 prior samples without a difference .* \(1 of them: none with"
+    ):
         trainer = make("dpg", TILT, {"partition": "prior_samples"}, reward_funcs=never_for_b, train_dataset=each_once)
         trainer.train()
     assert all(value.isfinite().all() for value in weights(trainer).values())
@@ -245,9 +249,42 @@ def test_a_rare_event_that_no_sample_shows(make: Make) -> None:
     """Z = 0 in the samples: nothing can be learned, which is said, and nothing breaks."""
     trainer = make("dpg", {"name": "constraint", "threshold": 3.5}, {"partition": "prior_samples"})
     before = weights(trainer)
-    with pytest.warns(UserWarning, match="4 of 4 prompts have no prior sample with evidence.*`num_prior_samples`"):
+    with pytest.warns(
+        UserWarning, match="^4 of 4 prompts have 30 prior samples .* none with evidence.*`num_prior_samples`"
+    ):
         trainer.train()
     assert_same(weights(trainer), before)
+
+
+@from_trl
+def test_a_soft_event_that_no_sample_shows(make: Make) -> None:
+    """Nothing is known of Z until training meets it, and then its factor is bounded: without the rule it is 22,025."""
+    successes = iter([False] * (4 * 30 + 16))  # the prior's samples, and the first batch
+
+    def rare(completions: list[str], **kwargs: Any) -> list[float]:
+        return [0.0 if not next(successes, True) else 1.0 for _ in completions]
+
+    def then_one_of_each_group(completions: list[str], **kwargs: Any) -> list[float]:
+        return [value * (i % 4 == 0) for i, value in enumerate(rare(completions))]
+
+    tilt = {"name": "tilt", "beta": 0.1}
+    config = {"partition": "prior_samples", "max_steps": 2, "learning_rate": 0.0}
+    trainer = make("dpg", tilt, config, reward_funcs=then_one_of_each_group, train_dataset=TASK.dataset(4))
+    seen: list[torch.Tensor] = []
+    terms = trainer._posterior_terms
+
+    def keep(*args: Any) -> Any:
+        seen.append((found := terms(*args))["advantages"])
+        return found
+
+    trainer._posterior_terms = keep  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="^4 of 4 prompts have 30 prior samples without a difference"):
+        trainer.train()
+    first, second = step_logs(trainer)
+    unknown = {"posterior/log_z", "posterior/ess", "posterior/reverse_kl", "posterior/forward_kl"}
+    assert not unknown & first.keys() and "posterior/kl_prior" in first
+    assert second["posterior/log_z"] == pytest.approx(math.log((30 + 7 + math.exp(10)) / 38), abs=1e-4)
+    assert seen[0].abs().max() < 1e-4 and 40 < seen[1].max() < 4 / 3 * 38
 
 
 def test_rows_with_other_columns_are_other_prompts(make: Make, prior: Prior, tmp_path: Path) -> None:
@@ -481,7 +518,7 @@ def test_another_reward_of_the_same_name_scores_what_is_there(
         trainer = draw_nothing(trainer, **refuse) if refuse else trainer
         trainer.train()
         assert trainer.partition.table is not None
-        return trainer.partition.table.lookup(torch.tensor([row_hash(row) for row in TASK.dataset(4)]))
+        return trainer.partition.table.lookup(torch.tensor([row_hash(row) for row in TASK.dataset(4)]))[:, 0]
 
     first = log_z(before)
     second = log_z(after, score=True)
@@ -801,8 +838,12 @@ def test_replayed_completions_keep_the_fixed_evidence(kind: str, make: Make) -> 
     assert len(batches[-1]["usable"]) == 32 and len(batches[0]["usable"]) == 16
     assert trainer.partition.table is not None
     for batch in batches:
-        expected = trainer.partition.table.lookup(batch["prompt_key"]).to(batch["log_z"])
+        log_z, number, informed = trainer.partition.table.lookup(batch["prompt_key"]).to(batch["log_z"]).T
+        assert informed.all() and (number == 30).all()
+        own = batch["log_target"] - batch["log_proposal"]
+        expected = bounded_fixed_log_z(log_z, number, own.unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(batch["log_z"], expected, rtol=0, atol=0)
+        assert (batch["log_z"] == log_z)[own < log_z + math.log(34 / 3) - 1e-5].all()
 
 
 @ties

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..divergences import get_divergence
 from ..estimators import Estimator, ImportanceWeights, ScoreFunction
 from ..groups import Group, pooled_log_z
-from ..partitions import LeaveOneOut, LogZ, fixed_log_z
+from ..partitions import FromPriorSamples, LeaveOneOut, LogZ, fixed_log_z
+from ..prior import PriorScores
+from ..targets import Tilt
 
 
 RATES = (0.01, 0.05, 0.1, 0.2)
@@ -55,15 +57,59 @@ def squared_error(estimator: Estimator, rate: float, rule: _Rule, group_size: in
         rule (`Callable`): gives `log Z` of groups, from these and the true one.
         group_size (`int`, *optional*, defaults to `16`): completions of a group.
     """
-    numbers = range(group_size + 1)
+    return _error(estimator, rate, [(1.0, rule)], group_size)
+
+
+def squared_error_by_samples(
+    estimator: Estimator, rate: float, is_bounded: bool = True, number: int = 100, group_size: int = 16
+) -> SquaredError:
+    """
+    The same where `Z` comes from samples of the prior, over all numbers of successes among these too.
+
+    Args:
+        estimator ([`~trl_bayes.estimators.Estimator`]), rate (`float`), group_size (`int`): as of [`squared_error`].
+        is_bounded (`bool`, *optional*, defaults to `True`): whether `Z` is that of
+            [`~trl_bayes.partitions.FromPriorSamples`], or only the samples' mean.
+        number (`int`, *optional*, defaults to `100`): samples of the prior.
+    """
+    chance = _binomial(number, rate)
+    likely = [(each, k) for k, each in enumerate(chance) if each > 1e-12]
+    return _error(estimator, rate, [(each, _by_samples(k, number, is_bounded)) for each, k in likely], group_size)
+
+
+def _by_samples(successes: int, number: int, is_bounded: bool) -> _Rule:
+    rewards = (torch.arange(number) < successes).double().view(1, number, 1)
+    scores, target = PriorScores(rewards, torch.zeros(1, number), torch.zeros(1, dtype=torch.int64)), Tilt(1 / PHI)
+    target.bind(["success"], None)
+    partition = FromPriorSamples()
+    partition.learn(scores, target)
+    samples_z = scores.estimate_log_z(target).log_z
+
+    def rule(group: Group, log_z: float) -> LogZ:
+        groups = len(group.phi)
+        if is_bounded:
+            return partition.log_z(group._replace(prompt_keys=torch.zeros(groups, dtype=torch.int64)))
+        return fixed_log_z(samples_z.expand(groups), group)
+
+    return rule
+
+
+def _error(estimator: Estimator, rate: float, rules: Sequence[tuple[float, _Rule]], group_size: int) -> SquaredError:
+    """Over all groups, and over several rules with the probability of each."""
     succeeds = torch.arange(group_size) < torch.arange(group_size + 1).unsqueeze(1)  # (G + 1, G)
-    chance = [math.comb(group_size, k) * rate**k * (1 - rate) ** (group_size - k) for k in numbers]
+    chance = _binomial(group_size, rate)
     log_z = math.log(rate * math.exp(PHI) + 1 - rate)
-    found = _gradients(estimator, succeeds, rate, rule, log_z)  # (G + 1,)
     # With the true Z a completion of its own weighs as in any group: the mean is the exact gradient
     exact = _mean(_gradients(estimator, succeeds, rate, known, log_z), chance)
-    mean = _mean(found, chance)
-    return SquaredError((mean - exact) ** 2, _mean((found - mean).square(), chance))
+    found = [(each, _gradients(estimator, succeeds, rate, rule, log_z)) for each, rule in rules]  # of (G + 1,)
+    mean = sum(each * _mean(values, chance) for each, values in found)
+    variance = sum(each * _mean((values - mean).square(), chance) for each, values in found)
+    return SquaredError((mean - exact) ** 2, variance)
+
+
+def _binomial(number: int, rate: float) -> list[float]:
+    """The probability of each number of successes."""
+    return [math.comb(number, k) * rate**k * (1 - rate) ** (number - k) for k in range(number + 1)]
 
 
 def _gradients(estimator: Estimator, succeeds: Tensor, rate: float, rule: _Rule, log_z: float) -> Tensor:
@@ -90,8 +136,12 @@ def table() -> str:
         f"|---|---|{'---|' * len(RATES)}",
     ]
     for name, estimator in estimators.items():
-        for rule, log_z in RULES.items():
-            pairs = [(squared_error(estimator, rate, log_z), squared_error(estimator, rate, known)) for rate in RATES]
-            cells = [f"{ours.of() / best.of():.2f} ({ours.of(16) / best.of(16):.2f})" for ours, best in pairs]
+        best = [squared_error(estimator, rate, known) for rate in RATES]
+        errors = {rule: [squared_error(estimator, rate, log_z) for rate in RATES] for rule, log_z in RULES.items()}
+        for rule, is_bounded in (("100 samples of the prior (ours)", True), ("100 samples of the prior alone", False)):
+            errors[rule] = [squared_error_by_samples(estimator, rate, is_bounded) for rate in RATES]
+        for rule, found in errors.items():
+            pairs = zip(found, best, strict=True)
+            cells = [f"{each.of() / least.of():.3g} ({each.of(16) / least.of(16):.3g})" for each, least in pairs]
             lines.append(f"| {name} | {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)

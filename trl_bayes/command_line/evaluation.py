@@ -353,9 +353,22 @@ def _mark(footnote: int | None) -> str:
     return "" if footnote is None else f" [{footnote}]".replace("[", "\\[")
 
 
+_TOO_FEW = {
+    "samples of the posterior for some prompt": "num_reference_samples",
+    "too rare to have been seen": "num_reference_samples",
+    "samples inside the posterior's support for some prompt": "num_samples",
+}
+"""What is said of samples that are too few, and the option to raise."""
+
+
+def _advice(note: str) -> str:
+    options = dict.fromkeys(option for words, option in _TOO_FEW.items() if words in note)
+    return "".join(f": raise `--{option}`" for option in options)
+
+
 def notes(report: Report) -> list[str]:
     """What the footnotes of the table say, and what holds for whole rows."""
     footnotes = tabulate(_columns(report), report.rows).footnotes
-    numbered = [f"\\[{number}] {note}" for number, note in enumerate(footnotes, start=1)]
+    numbered = [f"\\[{number}] {note}{_advice(note)}" for number, note in enumerate(footnotes, start=1)]
     of_rows = dict.fromkeys(row.evaluation.note for row in report.rows if row.evaluation and row.evaluation.note)
     return numbered + list(of_rows)

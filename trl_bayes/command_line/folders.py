@@ -1,7 +1,23 @@
 """Output folders: made, tried, and not written over."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def gone_if_unused(output_dir: str) -> Iterator[None]:
+    """After a failure, removes the folder, and those above it, that were not there before and have nothing in them."""
+    folder = Path(output_dir).expanduser()
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        for each in new:
+            if each.is_dir() and not any(each.iterdir()):
+                each.rmdir()
+        raise
 
 
 def prepare_folder(output_dir: str, overwrite: bool, instead: str = "", unfinished: str | None = None) -> Path:

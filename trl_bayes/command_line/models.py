@@ -17,6 +17,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..assets import embedded_path
 from ..language_models.adapters import base_of_adapter
+from ..language_models.generation import refuse_encoder_decoder
 from ..trainers.posterior_config import PosteriorConfig
 from .arguments import Arguments
 from .extras import require_extra
@@ -147,7 +148,7 @@ def load_model(
         quantized (`bool`, *optional*, defaults to `True`): whether quantization is meant for this model too.
 
     Raises:
-        ValueError: the device cannot be used; one sentence.
+        ValueError: the device cannot be used, or this kind of model; one sentence.
     """
     settings = {**loading_arguments(arguments.model, arguments.training), "revision": revision or "main"}
     quantization_config = get_quantization_config(arguments.model) if quantized else None
@@ -158,6 +159,7 @@ def load_model(
     settings.setdefault("device_map", None)
     architecture: Any = None if base_of_adapter(name, settings["revision"]) is None else AutoModelForCausalLM
     model: Any = create_model_from_path(name, architecture, **settings)
+    refuse_encoder_decoder(model)
     return (model.to(where) if settings["device_map"] is None else model).eval()
 
 

@@ -25,7 +25,7 @@ from ..trainers.posterior_trainer import PosteriorTrainer
 from .arguments import Arguments
 from .data import hub_dataset, load_data, select_split
 from .extras import check_extras
-from .folders import prepare_folder
+from .folders import gone_if_unused, prepare_folder
 from .launch import already_launched, launch
 from .models import find_config, load_tokenizer, load_trainable_adapter, loading_arguments, model_path
 from .prompts import PromptError
@@ -57,8 +57,9 @@ def run(
             return launch(f"trl_bayes.commands.{name.replace('-', '_')}", launcher_flags, own_args)
         arguments = make_arguments(parser, own_args)
         check_trainer(arguments.script, trainer_class)
-        checkpoint = prepare_output_dir(trainer_class, arguments)
-        trainer = make_trainer(trainer_class, arguments)
+        with gone_if_unused(str(arguments.training.output_dir)):
+            checkpoint = prepare_output_dir(trainer_class, arguments)
+            trainer = make_trainer(trainer_class, arguments)
     with one_sentence(parser.prog, (PriorSamplesError, PromptError)):  # other errors keep their traceback
         train(trainer, arguments, checkpoint)
 

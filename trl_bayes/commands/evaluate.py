@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ..command_line.evaluation import EvaluateArguments, make_report, notes, prepare, results_table, work_in_words
+from ..command_line.folders import gone_if_unused
 from ..command_line.measuring import Measuring, NoPosteriorError
 from ..command_line.recipe import read_study
 from ..command_line.refusals import one_sentence
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             description=__doc__,
             epilog="The recipe may be that of a training command: what only concerns training is passed over.",
         )
+    with gone_if_unused(args.output_dir), one_sentence("trl-bayes evaluate"):
         job = prepare(args, arguments)
     console = Console()
     console.print(work_in_words(job), soft_wrap=True, highlight=False)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from ..command_line.folders import gone_if_unused
 from ..command_line.recipe import read_study
 from ..command_line.refusals import one_sentence
 from ..command_line.sampling import DATA, DIAGNOSTICS, SampleArguments, draw, prepare, table, trade_off_table, write
@@ -28,11 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             usage="[--config RECIPE] [--FIELD VALUE ...]",
             description=__doc__,
         )
-        job = prepare(args, arguments)
-    with one_sentence(
-        "trl-bayes sample", (SamplingError, LogPotentialError, PriorSamplesError)
-    ):  # an error in a reward function keeps its traceback
-        draws = draw(job)
+    with gone_if_unused(args.output_dir):
+        with one_sentence("trl-bayes sample"):
+            job = prepare(args, arguments)
+        with one_sentence(
+            "trl-bayes sample", (SamplingError, LogPotentialError, PriorSamplesError)
+        ):  # an error in a reward function keeps its traceback
+            draws = draw(job)
     write(job, draws)
     console = Console()
     console.print(table(draws, job.study.reward_weights))

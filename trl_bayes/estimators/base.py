@@ -75,6 +75,9 @@ class Estimator(ABC):
     has_posterior: bool = True
     """Whether there is a prior and so a posterior, with a `Z` and distances to it; pure RL has none."""
 
+    learns_from_log_z: bool = True
+    """Whether the gradient may depend on `Z`, and not only what is logged."""
+
     def __init__(self, divergence: Divergence):
         self.divergence = divergence
 

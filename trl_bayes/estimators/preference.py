@@ -116,6 +116,8 @@ class Preference(PolicyGradient):
         pairwise ([`PreferenceLoss`]): of the pairs.
     """
 
+    learns_from_log_z = False
+
     def __init__(self, divergence: Divergence, pairwise: PreferenceLoss):
         super().__init__(divergence)
         self.pairwise = pairwise

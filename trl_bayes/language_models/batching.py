@@ -5,7 +5,7 @@ state, some adapters ignore positions, and some models mix up the rows of a batc
 another distribution than the one that scores them. So the first batch of each model is preceded by a check.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -88,16 +88,21 @@ def law_of_forward_pass(model: PreTrainedModel, tokens: Tensor, number: int) -> 
     return model(input_ids=tokens.unsqueeze(0)).logits[0, -number:].float().softmax(dim=1)
 
 
+def short_rows(shortest: list[int], longest: list[int]) -> list[list[int]]:
+    """Two rows of few tokens to check generation with, of which one is padded if the given ones differ in length."""
+    short = shortest[:_MOST_CHECKED]
+    return [short, longest[: len(short) + _MOST_CHECKED] if len(longest) > len(shortest) else short]
+
+
 @torch.no_grad()
 def _find_batching(model: PreTrainedModel, row: list[int], padding: int) -> Batching:
     """What a model allows, found once by continuing a short row beside a longer one, beside its like, and alone."""
     if model not in _FOUND:
-        row = row[:_MOST_CHECKED]
-        longer = (row * (1 + _MOST_CHECKED))[: len(row) + _MOST_CHECKED]
+        row, longer = short_rows(row, row * (1 + _MOST_CHECKED))
         allowed = tolerance(model)
         checks: dict[Batching, list[list[int]]] = {"together": [row, longer], "by_length": [row, row], "alone": [row]}
         for batching, rows in checks.items():
-            difference = _largest_difference(model, rows, padding)
+            difference = largest_difference(model, rows, padding)
             if difference <= allowed:
                 _FOUND[model] = batching
                 break
@@ -110,10 +115,27 @@ def _find_batching(model: PreTrainedModel, row: list[int], padding: int) -> Batc
     return _FOUND[model]
 
 
-def _largest_difference(model: PreTrainedModel, rows: list[list[int]], padding: int) -> float:
-    """Total variation between generation's law of a token and a plain forward pass, the largest one."""
+@torch.no_grad()
+def largest_difference(
+    model: PreTrainedModel, rows: Sequence[list[int]], padding: int, settings: Mapping[str, Any] | None = None
+) -> float:
+    """
+    Total variation between generation's law of a token and a plain forward pass, the largest one; NaN if there is any.
+
+    It takes no random numbers: generation takes what is most probable.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): in evaluation mode.
+        rows (`list[list[int]]`): to be continued together, none empty.
+        padding (`int`): any token.
+        settings (`Mapping`, *optional*): how `generate` computes, such as `use_cache`.
+    """
     config = GenerationConfig(
-        max_new_tokens=_NUM_GENERATED, pad_token_id=padding, output_logits=True, return_dict_in_generate=True
+        max_new_tokens=_NUM_GENERATED,
+        pad_token_id=padding,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **(settings or {}),
     )
     ids, generated = generate_padded(model, rows, config)
     laws = torch.stack(generated.logits).float().softmax(dim=2)  # (3, B, V)
@@ -122,12 +144,12 @@ def _largest_difference(model: PreTrainedModel, rows: list[list[int]], padding: 
         whole = torch.cat([ids[i, -len(row) :], generated.sequences[i, ids.size(1) : -1]])  # (L + 2,)
         forward = law_of_forward_pass(model, whole, _NUM_GENERATED)
         differences.append((laws[:, i] - forward).abs().sum(dim=1) / 2)
-    return torch.cat(differences).max().item()  # NaN if there is any
+    return torch.cat(differences).max().item()
 
 
-def tolerance(model: PreTrainedModel) -> float:
-    """The largest total variation that rounding explains."""
-    return _TOLERANCE if is_exact(model) else _TOLERANCE_OF_ROUNDING
+def tolerance(model: PreTrainedModel, autocast: bool = False) -> float:
+    """The largest total variation that rounding explains; with `autocast` weights are rounded when they are used."""
+    return _TOLERANCE if is_exact(model) and not autocast else _TOLERANCE_OF_ROUNDING
 
 
 def is_exact(model: torch.nn.Module) -> bool:

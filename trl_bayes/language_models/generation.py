@@ -75,6 +75,20 @@ def with_stop_ids(
     return settings if settings.stop_ids else replace(settings, stop_ids=tuple(find_stop_ids(model, tokenizer)))
 
 
+def refuse_encoder_decoder(model: PreTrainedModel) -> None:
+    """
+    Refuses a model that reads a prompt in one part and writes a completion in another: both are one sequence here.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model, and completions are scored as the continuation of "
+            "their prompt: use a decoder-only language model."
+        )
+
+
 @torch.no_grad()
 def generate(model: PreTrainedModel, rows: Sequence[list[int]], settings: SamplingSettings) -> list[list[int]]:
     """

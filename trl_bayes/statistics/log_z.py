@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..groups import effective_sample_size, pooled_log_z
+from ..groups import differ, effective_sample_size, pooled_log_z
 from .estimate import Estimate, average, enough_of_each
 
 
@@ -65,7 +65,8 @@ def log_z_per_prompt(
 
     It takes an effective sample size of at least 30 for each prompt; and if the largest possible weight is known, the
     weights must add up to at least 3 times that. Otherwise an outcome too rare to have been seen (probability below
-    3/N, at 95 %) could double Z.
+    3/N, at 95 %) could double Z. If it is not known, the weights of each prompt must differ: equal ones are what is
+    seen where nothing is.
 
     Args:
         log_weights (`torch.Tensor`): (N,) in nats; `-inf` where there is no evidence.
@@ -92,6 +93,11 @@ def log_z_per_prompt(
         of_bound = (log_z + count.log() - max_log_weight).exp().min().item()
         if of_bound < MIN_WEIGHT_OF_BOUND:
             trusted, note = False, "an outcome too rare to have been seen could double Z for some prompt"
+    elif trusted and not all(differ(group) for group in groups):
+        trusted, note = (
+            False,
+            "all samples of some prompt have the same weight, so one too rare to have been seen could double Z",
+        )
     return LogZPerPrompt(log_z, variance, effective, trusted, note)
 
 

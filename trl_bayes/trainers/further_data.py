@@ -3,7 +3,7 @@
 from typing import Any
 
 from .learning_from_prior import RowsOfData
-from .refusals import refuse_data
+from .refusals import refuse_data, refuse_early
 
 
 def known_data(trainer: Any) -> list[Any]:
@@ -53,6 +53,7 @@ def learn_of_further_data(trainer: Any, given: Any) -> None:
     further = [each for each in ([] if named else _each(data)) if not any(each is known for known in trainer.data)]
     if not further:
         return
+    refuse_early(trainer, trainer.args, further, trainer.environment_factories is not None)
     refuse_data(trainer, further)
     before = trainer.data
     trainer.data = [*before, *further]

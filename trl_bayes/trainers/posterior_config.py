@@ -78,9 +78,10 @@ class PosteriorConfig(GRPOConfig):
             How `Z(x)` is found. `"leave_one_out"`: from the other completions of the group.
             `"running"`: the same, pooled with all earlier visits to the prompt, which is sharper where prompts come
             back and the same where they do not. `"prior_samples"`: from `num_prior_samples` samples of the prior for
-            each prompt, drawn before the first update and then fixed, which makes the gradient unbiased given them.
-            `"known"`: the target's own, for one that knows it (`calibrated`, `chi_squared`). With the last two
-            `num_generations=1` works: a completion is compared with what all are worth at the posterior.
+            each prompt, drawn before the first update and then fixed, which makes the gradient unbiased given them
+            (but for a completion that contradicts them, and prompts whose samples are all worth the same: these go on
+            as `"running"`). `"known"`: the target's own, for one that knows it (`calibrated`, `chi_squared`). With the
+            last two `num_generations=1` works: a completion is compared with what all are worth at the posterior.
         num_prior_samples (`int`, *optional*, defaults to `100`):
             Samples of the prior for each prompt, where the target or the partition needs them.
         prior_samples_dir (`str`, *optional*):
@@ -97,8 +98,9 @@ class PosteriorConfig(GRPOConfig):
             `"warn"`: one warning that says where training goes instead, and a mark in the model card.
         check_log_probs (`bool`, *optional*, defaults to `True`):
             Before the first update, compares the log-probabilities of a few completions (the policy's, the prior's and
-            vLLM's) with those of a plain forward pass without padding, in evaluation mode. Training stops where they
-            differ by more than rounding: the result would not be the posterior.
+            vLLM's) with those of a plain forward pass without padding, in evaluation mode, and what `generate` gives
+            three tokens with what a forward pass gives them. Training stops where they differ by more than rounding:
+            the result would not be the posterior.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["target"]
@@ -162,8 +164,8 @@ class PosteriorConfig(GRPOConfig):
     check_log_probs: bool = field(
         default=True,
         metadata={
-            "help": "Before the first update, compare the scores of a few completions with a plain unpadded forward "
-            "pass, and stop where they differ by more than rounding."
+            "help": "Before the first update, compare the scores of a few completions, and generation's own, with a "
+            "plain unpadded forward pass, and stop where they differ by more than rounding."
         },
     )
     inexact_settings: str = field(

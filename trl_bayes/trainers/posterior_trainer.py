@@ -21,6 +21,7 @@ from ..targets import Target, build_target
 from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
 from .checkpoints import check_same_run, read_state, run_identity, save_state
 from .further_data import all_data, known_data, learn_of_further_data, rows_of
+from .generation_check import refuse_other_generation
 from .learning_from_prior import GIVEN, REWARDS, as_draw, learn, unrecorded
 from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
@@ -256,6 +257,7 @@ class PosteriorTrainer(GRPOTrainer):
     def _check_log_probs(self, output: dict[str, Any], policy: torch.Tensor) -> None:
         if not self._is_checked:  # once, before the first update
             refuse_inexact(self, self._score, output, policy)
+            refuse_other_generation(self, output)
         self._is_checked = True
 
     def _policy_scores(self, output: dict[str, Any]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from ..language_models.adapters import base_of_adapter
-from ..language_models.generation import find_stop_ids
+from ..language_models.generation import find_stop_ids, refuse_encoder_decoder
 from ..language_models.noise import disable_noise
 from ..language_models.positions import give_positions
 from ..language_models.vocabulary import check_same_vocabulary
@@ -123,11 +123,15 @@ def make_exact(
         policy, prior (`torch.nn.Module`): of a trainer; there is no prior where it is the policy without its adapters.
         accelerator ([`~accelerate.Accelerator`]): by which they may be wrapped.
         without_noise (`bool`): whether to switch off dropout and the like, too.
+
+    Raises:
+        ValueError: a model that is scored otherwise than it samples in any case; one sentence.
     """
     for wrapped in (policy, prior):
         if wrapped is None:
             continue
         model: Any = accelerator.unwrap_model(wrapped)
+        refuse_encoder_decoder(model)
         give_positions(model.get_base_model() if is_peft_model(model) else model)
         if without_noise:
             disable_noise(model)

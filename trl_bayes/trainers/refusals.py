@@ -97,10 +97,10 @@ def refuse_inexact_model_defaults(
 
 def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
     """
-    Refuses rewards that cannot be told apart, prompts that the model cannot continue to the length asked for, and a
-    target or partition that needs samples of the prior where there are none.
+    Refuses rewards that cannot be told apart, and prompts that the model cannot continue to the length asked for.
 
-    Prompts that are streamed, or written by an environment, are not known yet.
+    Prompts that are streamed, or written by an environment, are not known yet. What can be said without a model is
+    said by [`refuse_early`].
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): constructed.
@@ -110,10 +110,8 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
         ValueError: one sentence.
     """
     refuse_same_names(trainer.reward_func_names)
-    writes_prompts = trainer.environment_factories is not None
-    refuse_early(trainer, trainer.args, datasets, writes_prompts)
     for dataset in datasets:
-        if not writes_prompts and isinstance(dataset, Dataset):
+        if trainer.environment_factories is None and isinstance(dataset, Dataset):
             check_prompts(
                 dataset["prompt"],
                 trainer.processing_class,
