@@ -240,8 +240,8 @@ def _legend(figure: Figure) -> None:
 def learning_curves_figure(series: Sequence[Series], panels: Sequence[Panel]) -> bytes:
     """Metrics against the completions drawn in training, a panel each, with the posterior's own level dashed.
 
-    Bands are two standard errors to either side. What is not finite, or not trusted, is left out, and so is a panel, or
-    a run, of which nothing is left.
+    Bands are two standard errors to either side. What is not finite, or not trusted, is left out, and so is a panel or
+    a run of which nothing is left.
 
     Returns:
         A PNG file.
