@@ -49,13 +49,22 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Puts the refusals where a page asks for them, and leads from a paper's figure to its page in the site."""
     markdown = re.sub(r"\(\.\./recipes/papers/(\w+)/figure\.png\)", r"(papers/\1.png)", markdown)
     markdown = re.sub(r"\(\.\./recipes/papers/(\w+)/README\.md\)", r"(papers/\1.md)", markdown)
+    markdown = re.sub(r"^\|.*\|$", lambda row: whole_numbers(row[0]), markdown, flags=re.MULTILINE)
     return markdown.replace("<!-- refusals -->", refusals.as_markdown())
+
+
+def whole_numbers(row: str) -> str:
+    """A row of a table, in which no line breaks before an error, a unit or a number in brackets."""
+    return re.sub(r"(?<=\d) (?=[±%?]|\(\.?\d)|(?<=±) (?=[\d.])", "\N{NO-BREAK SPACE}", row)
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
     """TRL's docstrings write a name as [`~module.Name`]: shown as code, by its last part."""
     if not page.file.src_uri.startswith("api/"):
         return html
+    html = re.sub(
+        r"(defaults to [^<]*|optional)</code>, default:\s*<code>.*?</code>", r"\1</code>", html, flags=re.DOTALL
+    )
     html = re.sub(r"\[<code>~?(?:[\w.]*\.)?(\w+)</code>\](?!\()", r"<code>\1</code>", html)
     return re.sub(r"<code>([^<]*`[^<]*)</code>", lambda found: f"<code>{plain_type(found[1])}</code>", html)
 

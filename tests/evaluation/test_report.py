@@ -7,11 +7,13 @@ import re
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from trl_bayes.commands.report import main
+from trl_bayes.evaluation import figures
 from trl_bayes.evaluation.evaluate import Evaluation
 from trl_bayes.evaluation.files import merge_reports, read_report
 from trl_bayes.evaluation.page import write_report
@@ -140,6 +142,17 @@ def test_figures_are_in_the_page_and_beside_it(tmp_path: Path) -> None:
         png = file.read_bytes()
         assert base64.b64decode((image["src"] or "").partition(",")[2]) == png
         assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">I", png[16:20])[0] > 800  # pixels across
+
+
+def test_a_panel_without_a_point_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of a training has no entropy and no KL(pi||p) to show; a run that was only evaluated has no curve."""
+    monkeypatch.setattr(figures, "png", lambda draw: draw())
+    level = Estimate(0.5, 0.1)
+    trained = figures.Series("trained", [0, 100], [{"reward": Estimate(value, 0.1)} for value in (0.2, 0.4)])
+    panels = [figures.Panel(name, name, "nats", level) for name in ("forward_kl", "entropy", "reward")]
+    drawn: Any = figures.learning_curves_figure([figures.Series("evaluated", [], []), trained], panels)
+    assert [axes.get_title(loc="left") for axes in drawn.axes if axes.get_visible()] == ["reward"]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["trained", "exact posterior"]
 
 
 def test_what_models_write_is_escaped(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import trl.rewards
 import trl_bayes.rewards
 from trl_bayes.rewards import build_reward, build_rewards
 from trl_bayes.rewards.build import ready_rewards
+from trl_bayes.rewards.calling import check_reward_arguments, reward_name
 
 
 MODULE = "rewards_of_test_build"
@@ -20,6 +21,9 @@ NUMBER = 3
 
 def count_a(completions, **kwargs):
     return [float(text.count("a")) for text in completions]
+
+def count(completions, letter, weight=1.0, **kwargs):
+    return [weight * text.count(letter) for text in completions]
 
 def at_least(n):
     return lambda completions, **kwargs: [float(text.count("a") >= n) for text in completions]
@@ -67,6 +71,14 @@ def test_every_ready_reward_exists() -> None:
     assert {"parses", "max_length", "accuracy_reward", "get_soft_overlong_punishment"} <= names.keys()
     for name, module in names.items():
         assert callable(getattr(sys.modules[module], name)), name
+
+
+def test_a_mapping_sets_parameters_of_a_reward_function() -> None:
+    reward = build_reward({"name": f"{MODULE}.count", "letter": "b", "weight": 2.0})
+    assert reward(completions=["abb", "a"], prompts=["", ""], other=[1, 2]) == [4.0, 0.0]
+    assert reward_name(reward) == "count"
+    with pytest.raises(ValueError, match="'letter' set, and would be given the data's column 'letter'"):
+        check_reward_arguments([reward], ["prompt", "letter"])
 
 
 def test_a_mapping_gives_a_factory_its_arguments() -> None:
@@ -118,7 +130,8 @@ def test_one_reward_need_not_be_in_a_list() -> None:
             {"name": "max_length", "characters": "x"},
             "`characters` of the reward 'max_length' must be a number",
         ),
-        ({"name": "parses", "strict": True}, r"leave out \['strict'\]"),
+        ({"name": "parses", "strict": True}, r"no parameter 'strict' that could be set: .* \(\[\]\)"),
+        ({"name": f"{MODULE}.count", "completions": 3}, r"no parameter 'completions' .*\['letter', 'weight'\]"),
         ({"name": "some/model", "scale": 2}, r"reward model, which takes no arguments: leave out \['scale'\]"),
         ({"characters": 3}, "a mapping with `name`"),
         ({"name": ""}, "a mapping with `name`"),

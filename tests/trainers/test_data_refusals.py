@@ -40,3 +40,11 @@ def test_messages_without_a_chat_template(tmp_path: Path) -> None:
 def test_a_completion_beyond_the_positions_of_the_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="do not fit into the model's 128 positions: lower `max_completion_length`"):
         make(tmp_path, [" ".join("abcdef" * 10)], "gpt2", max_completion_length=100)
+
+
+def test_fewer_prompts_than_one_generation_takes(tmp_path: Path) -> None:
+    """TRL leaves out what is no whole generation: it would train 0 steps and save the prior."""
+    trainer = make(tmp_path, ["a", "b"], per_device_train_batch_size=6, num_generations=2)
+    with pytest.raises(ValueError, match="has 2 prompts, and one generation takes 3 .* has at most 4 completions"):
+        trainer.train()
+    assert not any(tmp_path.glob("checkpoint-*"))

@@ -173,7 +173,7 @@ def _report(args: QuickstartArguments, exact: Posterior, runs: list[RunRecord]) 
         title="trl_bayes quickstart: lines of Python that parse",
         intro=_INTRO,
         problem={
-            "prior": "a language model of Python statements, half of them with a backslash behind",
+            "prior": "a language model that writes a line of Python; about half of its lines end in a stray backslash",
             "evidence": "1 if the completed line parses as one Python statement, else 0",
             "prompts": ", ".join(repr(prompt) for prompt in drawn.prompts),
             "longest completion": f"{exact.prior.settings.max_new_tokens} tokens",

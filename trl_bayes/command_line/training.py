@@ -22,6 +22,7 @@ from ..targets import build_target
 from ..trainers.checkpoints import check_same_run, run_identity, state_file
 from ..trainers.posterior_config import PosteriorConfig
 from ..trainers.posterior_trainer import PosteriorTrainer
+from ..trainers.refusals import refuse_too_few_prompts
 from .arguments import Arguments
 from .data import hub_dataset, load_data, select_split
 from .extras import check_extras
@@ -146,6 +147,7 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
     _check_trackers(training)
     dataset = load_data(arguments)
     train_dataset = select_split(dataset, script.dataset_train_split, script)
+    refuse_too_few_prompts(train_dataset, training)
     check_reward_arguments(rewards, ["prompt"] if training.remove_unused_columns else train_dataset.column_names)
     eval_dataset = None
     if training.eval_strategy != "no":

@@ -157,7 +157,7 @@ def tradeoff_figure(
             all_axes[0].set_title("All runs", fontsize=11, loc="left", fontweight="bold")
             all_axes[1].set_title("Near the posterior", fontsize=11, loc="left", fontweight="bold")
             all_axes[1].set_xlim(-0.2 * posterior["kl_prior"].value, 2.4 * posterior["kl_prior"].value)
-        _legend(figure, all_axes[0])
+        _legend(figure)
         return figure
 
     return png(draw)
@@ -227,45 +227,56 @@ def _draw_reference(
     )
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        rows = math.ceil(len(handles) / 4)
-        columns = math.ceil(len(handles) / rows)  # so that the rows are about as long
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns)
+def _legend(figure: Figure) -> None:
+    """One for all panels, with every label once."""
+    every = [axes.get_legend_handles_labels() for axes in figure.axes]
+    named = {label: handle for handles, labels in every for handle, label in zip(handles, labels, strict=True)}
+    if named:
+        rows = math.ceil(len(named) / 4)
+        columns = math.ceil(len(named) / rows)  # so that the rows are about as long
+        figure.legend([*named.values()], [*named], loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns)
 
 
 def learning_curves_figure(series: Sequence[Series], panels: Sequence[Panel]) -> bytes:
     """Metrics against the completions drawn in training, a panel each, with the posterior's own level dashed.
 
-    Bands are two standard errors to either side. What is not finite, or not trusted, is left out.
+    Bands are two standard errors to either side. What is not finite, or not trusted, is left out, and so is a panel or
+    a run of which nothing is left.
 
     Returns:
         A PNG file.
     """
 
     def draw() -> Figure:
-        rows = max(1, math.ceil(len(panels) / 2))
+        shown = [panel for panel in panels if any(_curve(one, panel) for one in series)] or panels[:1]
+        rows = math.ceil(len(shown) / 2)
         figure = Figure(figsize=(8.6, 3.4 * rows), layout="constrained")
         all_axes = figure.subplots(rows, 2, squeeze=False)
-        for axes in all_axes.flat[len(panels) :]:
+        for axes in all_axes.flat[len(shown) :]:
             axes.set_visible(False)
-        for axes, panel in zip(all_axes.flat, panels, strict=False):
+        for axes, panel in zip(all_axes.flat, shown, strict=False):
             _draw_panel(axes, panel, series)
-        _legend(figure, all_axes.flat[0])
+        _legend(figure)
         return figure
 
     return png(draw)
 
 
+def _curve(one: Series, panel: Panel) -> list[tuple[int, Estimate]]:
+    """(completions drawn, estimate) of a run in a panel."""
+    return [
+        (samples, metrics[panel.metric])
+        for samples, metrics in zip(one.samples, one.metrics, strict=True)
+        if _drawable(metrics.get(panel.metric))
+    ]
+
+
 def _draw_panel(axes: Axes, panel: Panel, series: Sequence[Series]) -> None:
     drawn: list[float] = []
     for index, one in enumerate(series):
-        points = [
-            (samples, metrics[panel.metric])
-            for samples, metrics in zip(one.samples, one.metrics, strict=True)
-            if _drawable(metrics.get(panel.metric))
-        ]
+        points = _curve(one, panel)
+        if not points:
+            continue
         x, y = [samples for samples, _ in points], [estimate.value for _, estimate in points]
         style = run_style(index)
         axes.plot(x, y, **{**style, "markersize": 4.5, "linewidth": 1.6}, label=one.label)

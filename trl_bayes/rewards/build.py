@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from .specification import import_object, with_numbers
@@ -45,8 +46,8 @@ def build_reward(spec: RewardSpec) -> Any:
             The name of a reward of [`trl_bayes.rewards`] or of `trl.rewards` (`"parses"`, `"accuracy_reward"`); the
             dotted path of a function, importable from the working folder too (`"my_rewards.short"`); the id or folder
             of a reward model, which is any text with a slash and any folder that exists. A mapping
-            `{"name": "max_length", "characters": 40}` calls what `name` stands for with the other entries, which makes
-            the reward function. A callable is returned as it is.
+            `{"name": "max_length", "characters": 40}` gives what `name` stands for the other entries: a factory is
+            called with them, and of a reward function they set parameters. A callable is returned as it is.
 
     Returns:
         `Callable` or `str`: a reward function, or a reward model's id or folder, which the trainer loads.
@@ -68,11 +69,7 @@ def build_reward(spec: RewardSpec) -> Any:
         return name
     found = _find(name)
     if _is_reward_function(found):
-        if arguments:
-            raise ValueError(
-                f"{name!r} is a reward function and not a factory of them: leave out {sorted(arguments)}."
-            )
-        return found
+        return _with_arguments(name, found, arguments) if arguments else found
     return _call_factory(name, found, arguments)
 
 
@@ -117,6 +114,18 @@ def _is_reward_function(function: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):  # written in C: it does not say
         return True
     return any(p.name in _GIVEN_BY_TRL or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _with_arguments(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """A reward function some of whose own parameters are set."""
+    own = [each for each in inspect.signature(function).parameters.values() if each.name not in _GIVEN_BY_TRL]
+    own_names = [each.name for each in own if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    if unknown := sorted(set(arguments) - set(own_names)):
+        raise ValueError(
+            f"The reward function {name!r} has no parameter {unknown[0]!r} that could be set: leave it out, or set "
+            f"those that it has ({own_names})."
+        )
+    return partial(function, **with_numbers(function, arguments, f"the reward {name!r}"))
 
 
 def _call_factory(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

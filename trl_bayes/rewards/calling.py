@@ -114,6 +114,8 @@ def _why_not_callable(reward: RewardFunction, passed_on: Sequence[str]) -> str |
         parameters = list(inspect.signature(reward).parameters.values())
     except (TypeError, ValueError):  # written in C: it does not say
         return None
+    if isinstance(reward, functools.partial) and (twice := sorted({*reward.keywords} & {*passed_on})):
+        return f"has its {twice[0]!r} set, and would be given the data's column {twice[0]!r} instead: rename one."
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     given = {*passed_on, *_TAKEN, *_ADDED}
     needed = [name for name, p in named.items() if p.default is p.empty]

@@ -34,6 +34,7 @@ from .refusals import (
     refuse_inexact_model_defaults,
     refuse_infinite_divergence,
     refuse_infinite_potential,
+    refuse_too_few_prompts,
     warn_of_settings,
 )
 from .warnings_of_users import warnings_at_the_users_line
@@ -297,6 +298,10 @@ class PosteriorTrainer(GRPOTrainer):
         """TRL's evaluation, on any data: what must be known of its prompts is learned first, if it still can be."""
         learn_of_further_data(self, eval_dataset)
         return super().evaluate(cast(Any, eval_dataset), *args, **kwargs)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> torch.utils.data.Sampler:
+        refuse_too_few_prompts(self.train_dataset if dataset is None else dataset, self.args)
+        return super()._get_train_sampler(dataset)
 
     # ---------------------------------------------------------------------------------------------------------------
     # Metrics

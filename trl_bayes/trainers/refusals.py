@@ -141,6 +141,29 @@ def refuse_early(trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], w
     refuse_unsampled_prior(trainer.target, trainer.partition, args, datasets, writes_prompts)
 
 
+def refuse_too_few_prompts(dataset: Any, args: PosteriorConfig) -> None:
+    """
+    Refuses data that do not fill one generation: TRL leaves out what is no whole one, so nothing would be trained.
+
+    Args:
+        dataset (`Dataset`): the prompts that are trained on; a stream goes on as long as it has any.
+        args ([`PosteriorConfig`]): of the trainer.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    needed = (args.generation_batch_size or 0) // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"The data has {len(dataset)} prompts, and one generation takes {needed} "
+            f"(`generation_batch_size={args.generation_batch_size}` completions, by default "
+            "`per_device_train_batch_size` x `gradient_accumulation_steps` x the number of processes, "
+            f"`num_generations={args.num_generations}` of each), so nothing would be trained: set "
+            f"`per_device_train_batch_size` such that one generation has at most "
+            f"{len(dataset) * args.num_generations} completions, or give more prompts."
+        )
+
+
 def warn_of_settings(args: PosteriorConfig) -> None:
     """Warns once of settings that do nothing here, and once of those that move the fixed point."""
     if ineffective := args.ineffective_settings():
