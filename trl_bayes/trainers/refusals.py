@@ -123,17 +123,25 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
             )
 
 
-def refuse_early(trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool) -> None:
+def refuse_early(
+    trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool, writes_tokens: bool = False
+) -> None:
     """
     What can be said of the data before a model is loaded: that it has prompts, and that their prior can be sampled.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): that has its target and its partition.
         args ([`PosteriorConfig`]), datasets (`Sequence`), writes_prompts (`bool`): as of [`refuse_unsampled_prior`].
+        writes_tokens (`bool`, *optional*, defaults to `False`): whether tools or a rollout write into completions.
 
     Raises:
         ValueError: one sentence.
     """
+    if writes_tokens and args.share_of_prior is not None:
+        raise ValueError(
+            f"`{args.share_of_prior}` takes completions of the prior that are its own tokens alone, and `tools` or a "
+            "`rollout_func` would write others into them: leave them out, or leave it at 0."
+        )
     for dataset in datasets:
         columns = dataset.column_names  # of a stream they may not be known
         if not writes_prompts and columns is not None and "prompt" not in columns:
@@ -166,9 +174,13 @@ def refuse_unsampled_prior(
     Raises:
         ValueError: one sentence.
     """
-    if not (target.needs_prior_samples or partition.needs_prior_samples):
+    if target.needs_prior_samples or partition.needs_prior_samples:
+        needs = f"The target {target!r}" if target.needs_prior_samples else f"`partition={partition.name!r}`"
+        other = "use a target and a `partition` that learn nothing from the prior"
+    elif (share := args.share_of_prior) is not None:
+        needs, other = f"`{share}`", f"leave `{share.partition('=')[0]}` at 0"
+    else:
         return
-    needs = f"The target {target!r}" if target.needs_prior_samples else f"`partition={partition.name!r}`"
     if args.beta == 0:
         raise ValueError(
             f"{needs} needs samples of the prior, and `beta=0` is pure RL, which has none: set `beta` > 0, or use "
@@ -182,7 +194,7 @@ def refuse_unsampled_prior(
     if writes_prompts:
         raise ValueError(
             f"{needs} needs samples of the prior for each prompt, and an environment may write prompts that the data "
-            "does not have: use a target and a `partition` that learn nothing from the prior."
+            f"does not have: {other}."
         )
     if not all(isinstance(dataset, Dataset) for dataset in datasets):
         raise ValueError(

@@ -45,6 +45,15 @@ class TrajectoryBalanceConfig(DivergenceConfig, OffPolicyConfig):
         """Whether `log Z` is fitted to the siblings (VarGrad), which is exact for reverse KL on-policy only."""
         return self.partition == "leave_one_out" and not self.reuses_samples and self.divergence == "reverse_kl"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior_fraction > 0 and self.partition == "leave_one_out" and not self.fits_log_z:
+            raise ValueError(
+                f"`prior_fraction={self.prior_fraction}` with `partition='leave_one_out'` moves the fixed point of "
+                "trajectory balance: the error of a group's own log Z does not average out over completions of the "
+                "prior, so set `partition` to 'running', 'prior_samples' or 'known'."
+            )
+
 
 class TrajectoryBalanceTrainer(OffPolicyTrainer):
     """
