@@ -31,6 +31,14 @@ class Group(NamedTuple):
     """The log-potential; `-inf` outside the posterior's support, `NaN` for a completion without any reward."""
     prompt_keys: torch.Tensor | None = None
     """Identity of each prompt, int64 `(P,)`, where someone has to know it."""
+    from_prior: torch.Tensor | None = None
+    """Which completions the prior has sampled, boolean `(P, G)`, where it samples as many of each group. They are
+    weighted like the others, by a `log_proposal` that is the mixture's, but say nothing of what the policy samples."""
+
+    @property
+    def of_policy(self) -> torch.Tensor:
+        """Which completions the policy has sampled, boolean `(P, G)`."""
+        return torch.ones_like(self.phi, dtype=torch.bool) if self.from_prior is None else ~self.from_prior
 
     @property
     def valid(self) -> torch.Tensor:

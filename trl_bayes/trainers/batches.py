@@ -86,7 +86,10 @@ def gather_group(
     """
     log_policy, log_proposal, log_prior = accelerator.gather(local[generated]).unbind(dim=1)  # (B_global,)
     rewards = accelerator.gather(output["rewards"][generated])  # (B_global, K)
-    keys = accelerator.gather(output["prompt_key"][generated]) if "prompt_key" in output else None
+    keys, from_prior = (
+        accelerator.gather(output[name][generated]) if name in output else None
+        for name in ("prompt_key", "from_prior")
+    )
     phi = target(rewards, None if keys is None else Context(log_prior, keys))
     shape = (-1, group_size)
     return Group(
@@ -95,6 +98,7 @@ def gather_group(
         log_prior.view(shape),
         phi.view(shape),
         None if keys is None else keys.view(shape)[:, 0],
+        None if from_prior is None else from_prior.view(shape),
     )
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from .posterior_config import PosteriorConfig
 from .prior_share import PriorShareTrainer
@@ -75,7 +75,7 @@ class OffPolicyConfig(PosteriorConfig):
             )
         if self.prior_fraction == 0:
             return
-        group_size, number = self.num_generations, self.num_of_prior
+        group_size, number = cast(int, self.num_generations), self.num_of_prior
         if not 0 < number < group_size:
             raise ValueError(
                 f"`prior_fraction={self.prior_fraction}` of `num_generations={group_size}` is {number} completions, "
@@ -94,7 +94,7 @@ class OffPolicyConfig(PosteriorConfig):
     @property
     def num_of_prior(self) -> int:
         """Completions of each group that the prior samples."""
-        return round(self.prior_fraction * self.num_generations)
+        return round(self.prior_fraction * cast(int, self.num_generations))
 
     @property
     def share_of_prior(self) -> str | None:

@@ -124,7 +124,7 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
 
 
 def refuse_early(
-    trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool, writes_tokens: bool = False
+    trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool, writers: Any = None
 ) -> None:
     """
     What can be said of the data before a model is loaded: that it has prompts, and that their prior can be sampled.
@@ -132,12 +132,12 @@ def refuse_early(
     Args:
         trainer ([`~trl.GRPOTrainer`]): that has its target and its partition.
         args ([`PosteriorConfig`]), datasets (`Sequence`), writes_prompts (`bool`): as of [`refuse_unsampled_prior`].
-        writes_tokens (`bool`, *optional*, defaults to `False`): whether tools or a rollout write into completions.
+        writers (*optional*): tools or a rollout function, which write into completions.
 
     Raises:
         ValueError: one sentence.
     """
-    if writes_tokens and args.share_of_prior is not None:
+    if writers and args.share_of_prior is not None:
         raise ValueError(
             f"`{args.share_of_prior}` takes completions of the prior that are its own tokens alone, and `tools` or a "
             "`rollout_func` would write others into them: leave them out, or leave it at 0."
