@@ -107,9 +107,7 @@ class PosteriorTrainer(GRPOTrainer):
         self.target = build_target(args.target if target is None else target, args.beta or None)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
-        refuse_early(
-            self, args, all_data(train_dataset, eval_dataset), bool(environment_factory), tools or rollout_func
-        )
+        refuse_early(self, args, all_data(train_dataset, eval_dataset), environment_factory, tools or rollout_func)
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,

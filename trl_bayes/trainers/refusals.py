@@ -124,14 +124,15 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
 
 
 def refuse_early(
-    trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool, writers: Any = None
+    trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: Any, writers: Any = None
 ) -> None:
     """
     What can be said of the data before a model is loaded: that it has prompts, and that their prior can be sampled.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): that has its target and its partition.
-        args ([`PosteriorConfig`]), datasets (`Sequence`), writes_prompts (`bool`): as of [`refuse_unsampled_prior`].
+        args ([`PosteriorConfig`]), datasets (`Sequence`): as of [`refuse_unsampled_prior`].
+        writes_prompts: whether an environment may write prompts, or what makes such environments.
         writers (*optional*): tools or a rollout function, which write into completions.
 
     Raises:
@@ -148,7 +149,7 @@ def refuse_early(
             raise ValueError(f"The data has no column 'prompt': it has {columns}.")
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError("The data has no rows: give at least one prompt.")
-    refuse_unsampled_prior(trainer.target, trainer.partition, args, datasets, writes_prompts)
+    refuse_unsampled_prior(trainer.target, trainer.partition, args, datasets, bool(writes_prompts))
 
 
 def warn_of_settings(args: PosteriorConfig) -> None:
