@@ -163,5 +163,12 @@ class OffPolicyTrainer(PriorShareTrainer):
 
     def load_posterior_state(self, state: dict[str, Any]) -> None:
         super().load_posterior_state(state)
-        if self.replay_buffer is not None and "replay_buffer" in state:
-            self.replay_buffer.load_state_dict(state["replay_buffer"])
+        if self.replay_buffer is None or "replay_buffer" not in state:
+            return
+        if self.partition.name not in state["partition"]:
+            raise ValueError(
+                f"The checkpoint's completions for replay were drawn with `partition={[*state['partition']][0]!r}`, and "
+                f"`partition={self.partition.name!r}` knows nothing of log Z of their prompts: resume with the same "
+                "`partition`, or with `replay_buffer_size=0`."
+            )
+        self.replay_buffer.load_state_dict(state["replay_buffer"])
