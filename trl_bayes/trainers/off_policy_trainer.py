@@ -166,8 +166,9 @@ class OffPolicyTrainer(PriorShareTrainer):
         if self.replay_buffer is None or "replay_buffer" not in state:
             return
         if self.partition.name not in state["partition"]:
+            (before,) = state["partition"]
             raise ValueError(
-                f"The checkpoint's completions for replay were drawn with `partition={[*state['partition']][0]!r}`, and "
+                f"The checkpoint's completions for replay were drawn with `partition={before!r}`, and "
                 f"`partition={self.partition.name!r}` knows nothing of log Z of their prompts: resume with the same "
                 "`partition`, or with `replay_buffer_size=0`."
             )
