@@ -112,6 +112,11 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
     refuse_same_names(trainer.reward_func_names)
     writes_prompts = trainer.environment_factories is not None
     refuse_early(trainer, trainer.args, datasets, writes_prompts)
+    if trainer.args.share_of_prior is not None and trainer._is_vlm:
+        raise ValueError(
+            f"`{trainer.args.share_of_prior}` keeps completions of the prior as text: leave it at 0 with a "
+            "vision-language model."
+        )
     for dataset in datasets:
         if not writes_prompts and isinstance(dataset, Dataset):
             check_prompts(
