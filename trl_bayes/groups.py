@@ -32,6 +32,14 @@ class Group(NamedTuple):
     """The log-potential; `-inf` outside the posterior's support, `NaN` for a completion without any reward."""
     prompt_keys: torch.Tensor | None = None
     """Identity of each prompt, int64 `(P,)`, where someone has to know it."""
+    from_prior: torch.Tensor | None = None
+    """Which completions the prior has sampled, boolean `(P, G)`, where it samples as many of each group. They are
+    weighted like the others, by a `log_proposal` that is the mixture's, but say nothing of what the policy samples."""
+
+    @property
+    def of_policy(self) -> torch.Tensor:
+        """Which completions the policy has sampled, boolean `(P, G)`."""
+        return torch.ones_like(self.phi, dtype=torch.bool) if self.from_prior is None else ~self.from_prior
 
     @property
     def valid(self) -> torch.Tensor:
@@ -198,7 +206,10 @@ def log_mean(log_sum: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def effective_sample_size(
-    weights: torch.Tensor, valid: torch.Tensor, log_z: torch.Tensor | None = None
+    weights: torch.Tensor,
+    valid: torch.Tensor,
+    log_z: torch.Tensor | None = None,
+    log_ratio: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Kish's effective sample size as a fraction of the group: `(sum w)^2 / (n sum w^2)`, shape `(P,)`, in [0, 1].
@@ -207,22 +218,29 @@ def effective_sample_size(
     sample is assumed to bring what is missing: with `w_{n+1} = (n+1) Z - sum w` it is the effective size of `n + 1`
     samples, whose mean weight is `Z`.
 
+    Where the samples are those of a `q` that is not the policy, that of samples of the policy is
+    `(sum w)^2 / (sum rho sum w^2 / rho)` with `rho = pi/q`.
+
     Args:
-        weights (`torch.Tensor`): log importance weights `(P, G)`.
+        weights (`torch.Tensor`): log importance weights `log P - log q`, `(P, G)`.
         valid (`torch.Tensor`): boolean `(P, G)`.
         log_z (`torch.Tensor`, *optional*): `log Z` of each prompt `(P,)`, in nats; defaults to the group's own.
+        log_ratio (`torch.Tensor`, *optional*): `log rho` `(P, G)`; 0 by default, where the policy is `q` itself.
 
     Returns:
         `torch.Tensor`: shape `(P,)`; 0 for a group without evidence.
     """
     weights = weights.masked_fill(~valid, NEG_INF)
-    count = valid.sum(dim=1)  # (P,)
+    log_ratio = torch.zeros_like(weights) if log_ratio is None else log_ratio.masked_fill(~valid, 0.0)
+    count = (log_ratio.exp() * valid).sum(dim=1)  # (P,)
     if log_z is not None:
         total = weights.logsumexp(dim=1)
         expected = log_z.to(weights) + (count + 1).log()
         missing = expected + torch.log1p(-(total - expected).clamp(max=0.0).exp())  # -inf where nothing is
         is_missing = missing > NEG_INF
         weights = torch.cat([weights, torch.where(is_missing, missing, NEG_INF).unsqueeze(1)], dim=1)
+        log_ratio = torch.cat([log_ratio, torch.zeros_like(total).unsqueeze(1)], dim=1)
         count = count + is_missing
-    fraction = (2 * weights.logsumexp(dim=1) - (2 * weights).logsumexp(dim=1)).exp() / count.clamp(min=1)
+    squares = (2 * weights - log_ratio).logsumexp(dim=1)
+    fraction = (2 * weights.logsumexp(dim=1) - squares).exp() / torch.where(count > 0, count, 1.0)
     return torch.nan_to_num(fraction, nan=0.0)

@@ -63,6 +63,8 @@ CALIBRATED: dict[str, Any] = {
 }
 # Half of a batch is pairs, all of which are replayed
 PAIRS: dict[str, Any] = {"alpha": 0.1, "num_prior_samples": CALIBRATED["num_prior_samples"]}
+# A quarter cannot be spread over two processes: the group in the middle has two completions in each
+MIXTURE: dict[str, Any] = {"prior_fraction": 0.5, "num_prior_samples": CALIBRATED["num_prior_samples"]}
 
 
 def some_a(completions: list[str], **kwargs: Any) -> list[float | None]:
@@ -88,7 +90,7 @@ class Case:
 
 
 # Sampled, so the random state of each process matters as well
-RESUMABLE = Case("dpg", {**SAVES, **REPLAYS}, is_scripted=False)
+RESUMABLE = Case("dpg", {**SAVES, **REPLAYS, **MIXTURE}, is_scripted=False, shares_prior_samples=True)
 RESUMABLE_PRIOR = Case("dpg", {**SAVES, **REPLAYS, **CALIBRATED}, is_scripted=False, shares_prior_samples=True)
 RESUMABLE_LORA = Case("tb", {**SAVES, **REPLAYS, "partition": "running"}, is_scripted=False, lora=True)
 
@@ -97,10 +99,10 @@ CASES: dict[str, Case] = {
     "f_dpg": Case("f_dpg", has_own_prior=True, evaluates=True),
     "dpg": Case("dpg", {"target": "constraint"}, reward=some_a, accumulates=True),
     "tb": Case("tb", REPLAYS),
-    "dpg_replay": Case("dpg", REPLAYS),
+    # Of the scripted completions every second one is taken for the prior's
+    "dpg_replay": Case("dpg", {**REPLAYS, **MIXTURE}, shares_prior_samples=True),
     "lora": Case("f_dpg", {"learning_rate": 0.1}, lora=True),  # its second factor begins at zero
     "calibrated": Case("f_dpg", CALIBRATED, shares_prior_samples=True),
-    # Of the scripted completions every second one is taken for the prior's
     "xpo": Case("xpo", {**PAIRS, "replay_buffer_size": BATCH // 2}, evaluates=True, shares_prior_samples=True),
     "xpo_fresh": Case("xpo", {**PAIRS, "replay_buffer_size": 0}, shares_prior_samples=True),
     "bf16": Case("kl_rl", {"bf16": True, "gradient_checkpointing": True}),

@@ -1,6 +1,7 @@
-"""How far the first visit's estimate of Z puts DPG's gradient off, at the prior: the figures of the README."""
+"""How far the first visit's estimate of Z puts gradients off, at the prior: the figures of the README and the docs."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_bayes.benchmarks.tiny import EnumerableTask, balance_task, bigram_task, letter_count_task
 from trl_bayes.estimators import importance_coefficient
-from trl_bayes.groups import bounded_leave_one_out_log_z
+from trl_bayes.groups import bounded_leave_one_out_log_z, leave_one_out_log_z
 
 
 G = 16
@@ -68,3 +69,48 @@ def test_of_a_reward_of_0_or_1(rate: float, expected: float) -> None:
     z = rate * math.exp(PHI) + 1 - rate
     exact = rate * (1 - rate) * (1 - math.exp(PHI)) / z
     assert (mean / exact - 1).item() == pytest.approx(expected, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "rule", "expected"),
+    [
+        (4, bounded_leave_one_out_log_z, 0.216),
+        (16, bounded_leave_one_out_log_z, 0.057),
+        (16, leave_one_out_log_z, 0.022),
+    ],
+    ids=["4", "16", "16-without-the-rule"],
+)
+def test_of_trajectory_balance_with_completions_of_the_prior(
+    group_size: int, rule: Callable[..., Tensor], expected: float, letters_prior: str
+) -> None:
+    """
+    `KL(p||pi)` of the table of logits that they leave where it is on average.
+
+    There `q (log pi/p + d) = pi E_q[log pi/p + d]`, with `d` the mean error of a completion's log Z.
+    """
+    torch.manual_seed(0)
+    task, number = letter_count_task(), 4000
+    tokenizer = AutoTokenizer.from_pretrained(letters_prior)
+    log_prior = task.log_probs(AutoModelForCausalLM.from_pretrained(letters_prior), tokenizer)
+    log_weights, which = (task.rewards(tokenizer) / 0.7).unique(return_inverse=True)
+    distances = []
+    for log_q in log_prior:
+        probability = torch.zeros_like(log_weights).index_add(0, which, log_q.exp())
+        log_z = (probability.log() + log_weights).logsumexp(0)
+        drawn = torch.multinomial(probability, number * (group_size - 1), replacement=True).view(number, -1)
+        errors = []
+        for own in log_weights:
+            weights = torch.cat([own.expand(number, 1), log_weights[drawn]], dim=1)
+            found = rule(weights, torch.ones_like(weights, dtype=torch.bool))[:, 0]
+            errors.append(found.mean() - log_z)
+        log_posterior, error = log_q + log_weights[which] - log_z, torch.stack(errors)[which]
+        logits = log_posterior
+        for _ in range(1500):
+            log_policy = logits.log_softmax(0)
+            slope = log_policy - log_posterior + error
+            mean, ratio = (log_q.exp() * slope).sum(), (log_policy - log_q).exp()
+            residual = slope - ratio * mean
+            logits = logits - 0.02 * residual / (1 + ratio * mean.abs())
+        assert (log_q.exp() * residual).abs().max() < 1e-9
+        distances.append((log_posterior.exp() * (log_posterior - log_policy)).sum())
+    assert torch.stack(distances).mean().item() == pytest.approx(expected, abs=0.1 * expected)

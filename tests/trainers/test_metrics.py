@@ -121,7 +121,7 @@ def test_pure_rl_has_no_posterior_to_log() -> None:
 
 def test_means_are_over_prompts_that_tell() -> None:
     one, other = at_the_prior([PHI, *[0.0] * 3]), at_the_prior([0.0] * 4)
-    both = Group(*(torch.cat(pair) for pair in zip(one, other, strict=True)))  # type: ignore[arg-type]
+    both = Group(*(torch.cat(pair) for pair in zip(one[:5], other[:5], strict=True)))  # type: ignore[arg-type]
     estimator = PolicyGradient(get_divergence("reverse_kl"))
     for name in OF_Z:
         assert logged(both, LeaveOneOut(), estimator=estimator)[name] == pytest.approx(

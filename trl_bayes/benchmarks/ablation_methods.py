@@ -21,6 +21,7 @@ class Method:
         prior_fraction (`float`): share of each group that the prior draws.
         self_normalized (`bool`): `Z` is the group's own mean weight.
         exact_half (`int`, *optional*): 1 or 2, the half of the steps in which the gradient is exact.
+        most_updates (`int`): with a batch, each as long as its effective number under the policy is at least half.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Method:
     prior_fraction: float = 0.0
     self_normalized: bool = False
     exact_half: int | None = None
+    most_updates: int = 1
 
     def is_exact(self, share: float) -> bool:
         """Whether the step has no noise after which this share of the steps is done."""
@@ -67,6 +69,9 @@ def methods() -> list[Method]:
         Method("DPG, a quarter from the prior", forward, "importance", prior_fraction=0.25),
         Method("Jensen-Shannon, a quarter from the prior", middle, "score_function", prior_fraction=0.25),
         Method("DPG, replay 3, a quarter from the prior", forward, "importance", 3, 0.25),
+        Method("DPG, up to 4 updates", forward, "importance", most_updates=4),
+        Method("DPG, up to 16 updates", forward, "importance", most_updates=16),
+        Method("Jensen-Shannon, up to 4 updates", middle, "score_function", most_updates=4),
         Method("DPG, self-normalized Z", forward, "importance", self_normalized=True),
         Method("DPG, replay 3, self-normalized Z", forward, "importance", 3, self_normalized=True),
         Method("KL-RL, share of Rao-Blackwellized", reverse, "adaptive"),

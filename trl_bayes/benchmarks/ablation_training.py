@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import Terms
-from ..groups import Group, pooled_log_z
+from ..groups import Group, effective_sample_size, pooled_log_z
 from ..partitions import Running, fixed_log_z
 from ..trainers.replay_buffer import refresh
 from .ablation_methods import Method
@@ -83,12 +83,15 @@ class Ablation:
         for step in range(budget.steps):
             for group in optimizer.param_groups:
                 group["lr"] = budget.learning_rate * (1 - step / budget.steps)
-            optimizer.zero_grad()
-            table = policies()
             exact = method.is_exact(step / budget.steps)
-            (exact_loss_of(self, method, table) if exact else sampled.loss(table)).backward()
-            _clip(list(policies.parameters()), 1.0)
-            optimizer.step()
+            for update in range(method.most_updates):
+                table = policies()
+                if update > 0 and sampled.effective_share(table) < 0.5:
+                    break
+                optimizer.zero_grad()
+                (exact_loss_of(self, method, table) if exact else sampled.loss(table, again=update > 0)).backward()
+                _clip(list(policies.parameters()), 1.0)
+                optimizer.step()
             if step >= budget.steps - last:
                 for total, weight in zip(mean, policies.parameters(), strict=True):
                     total += weight.detach() / last
@@ -124,10 +127,16 @@ class Sampled:
     def __init__(self, ablation: Ablation, method: Method, seed: int):
         self.ablation, self.method, self.estimator = ablation, method, method.estimator
         self.generator = torch.Generator().manual_seed(seed)
+        self.batch: dict[str, Any] = {}  # the latest
         self.partition, self.buffer = Running(), Buffer(ablation.seeds, ablation.budget.buffer_size, self.generator)
 
-    def loss(self, next_token: Tensor) -> Tensor:
-        """The sum over seeds, from `log pi` of every token after each prefix, `(E, P, M, V)`."""
+    def loss(self, next_token: Tensor, again: bool = False) -> Tensor:
+        """
+        The sum over seeds, from `log pi` of every token after each prefix, `(E, P, M, V)`; of new completions, or of
+        the latest ones again.
+        """
+        if again:
+            return self._loss_of(next_token, self.batch)
         ablation, (seeds, num_prompts) = self.ablation, next_token.shape[:2]
         with torch.no_grad():
             law = ablation.prefixes.log_law(next_token.detach()).flatten(0, 1)  # (E * P, N)
@@ -146,10 +155,19 @@ class Sampled:
         batch: dict[str, Any] = {name: value.reshape(seeds, -1) for name, value in terms._asdict().items()}
         batch["prompt_key"] = row.repeat_interleave(drawn.size(1)).view(seeds, -1)
         batch["outcome"] = drawn.view(seeds, -1)
-        batch = self._with_replayed(batch)
+        self.batch = self._with_replayed(batch)
+        return self._loss_of(next_token, self.batch)
+
+    def _loss_of(self, next_token: Tensor, batch: dict[str, Any]) -> Tensor:
         log_policy = self._per_token(next_token, batch["prompt_key"], batch["outcome"]).sum(dim=2)
         flat = Terms(*(batch[name].flatten() for name in Terms._fields))
-        return self.estimator.loss(log_policy.flatten(), flat)[0] * seeds
+        return self.estimator.loss(log_policy.flatten(), flat)[0] * len(log_policy)
+
+    def effective_share(self, next_token: Tensor) -> float:
+        """Of the latest completions as samples of these policies, by the ratios `pi/q`: of the seed with the least."""
+        log_policy = self._per_token(next_token, self.batch["prompt_key"], self.batch["outcome"]).sum(dim=2)
+        ratio = (log_policy - self.batch["log_proposal"]).detach()  # (E, B)
+        return effective_sample_size(ratio, torch.ones_like(ratio, dtype=torch.bool)).min().item()
 
     def _draw(self, law: Tensor, prior: Tensor) -> Tensor:
         """Numbers of completions, `(R, G)`: of each group a share of the prior's, and the policy's."""

@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import Progress
 
 from .enumeration import PolicyFit
-from .exact_training import ExactProblem, ExactRun, preferring, problems, replaying, train, trainers
+from .exact_training import ExactProblem, ExactRun, mixing, preferring, problems, replaying, train, trainers
 from .figure import TrainingCurves
 from .jobs import in_order
 from .learning_curve import log_spaced
@@ -35,8 +35,8 @@ class ExactArguments(TrainingsArguments):
         largest_limit (`int`, *optional*, defaults to `2000`): completions a prompt up to which the noise-free limit is
             computed. The hard tasks have 19,608, and a step on all of them takes seconds.
 
-    `methods` also names trainers that replay (`--methods replay`) and XPO (`--methods XPO`); without it they are left
-    out.
+    `methods` also names trainers that replay (`--methods replay`), that take a share of each group from the prior
+    (`--methods prior`) and XPO (`--methods XPO`); without it they are left out.
     """
 
     problems: list[str] = field(
@@ -80,17 +80,25 @@ def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
 
 
 def _asked_for(problem: ExactProblem, parts: Sequence[str]) -> list[TrainerSetup]:
-    """Trainers by parts of their names, all if there are none; XPO and those that replay only where a part says so."""
+    """
+    Trainers by parts of their names, all if there are none; XPO and those that replay or take a share of the prior
+    only where a part says so.
+    """
     if not parts:
         return trainers(problem)
-    replay = [part for part in parts if "replay" in part]
-    others = [part for part in parts if part not in replay]
-    found = chosen([*trainers(problem), *preferring(problem)], others) if others else []
-    return [*found, *(chosen(replaying(problem), replay) if replay else [])]
+    prior = [part for part in parts if "prior" in part]
+    replay = [part for part in parts if "replay" in part and part not in prior]
+    others = [part for part in parts if part not in (*prior, *replay)]
+    found = (
+        (others, [*trainers(problem), *preferring(problem)]),
+        (replay, replaying(problem)),
+        (prior, mixing(problem)),
+    )
+    return [setup for asked, setups in found if asked for setup in chosen(setups, asked)]
 
 
 def _every(problem: ExactProblem) -> list[TrainerSetup]:
-    return [*trainers(problem), *replaying(problem), *preferring(problem)]
+    return [*trainers(problem), *replaying(problem), *mixing(problem), *preferring(problem)]
 
 
 def to_markdown(runs: Sequence[ExactRun], how: str) -> str:

@@ -32,6 +32,7 @@ from .trainings import SILENT, TrainerSetup, TrainingRun
 
 ExactRun = TrainingRun[PolicyFit, PolicyFit]
 _BUDGET = {"per_device_train_batch_size": 256, "max_steps": 400}
+_REPLAY: dict[str, Any] = {"replay_buffer_size": 8192, "replay_ratio": 3.0}
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,30 @@ def replaying(problem: ExactProblem) -> list[TrainerSetup]:
 
     With the reverse KL f-DPG is KL-RL with a `Z`.
     """
-    replay = {"replay_buffer_size": 8192, "replay_ratio": 3.0}
     divergences = ["jensen_shannon"] if problem.target.hard else ["jensen_shannon", "reverse_kl"]
     return [
-        TrainerSetup("dpg, replay 3", DPGTrainer, DPGConfig, replay),
+        TrainerSetup("dpg, replay 3", DPGTrainer, DPGConfig, _REPLAY),
         *(
-            TrainerSetup(f"f-dpg {name}, replay 3", FDPGTrainer, FDPGConfig, {"divergence": name, **replay})
+            TrainerSetup(f"f-dpg {name}, replay 3", FDPGTrainer, FDPGConfig, {"divergence": name, **_REPLAY})
             for name in divergences
         ),
+    ]
+
+
+def mixing(problem: ExactProblem) -> list[TrainerSetup]:
+    """
+    Trainers a quarter of whose groups is the prior's, which the policy does not draw then, alone and with replay.
+
+    The prior's are taken from 1,000 for each prompt, which are drawn besides.
+    """
+    mixture = {"prior_fraction": 0.25, "num_prior_samples": 1000}
+    return [
+        TrainerSetup(f"{name}, a quarter from the prior{further}", trainer, config, {**own, **mixture, **replay})
+        for name, trainer, config, own in (
+            ("dpg", DPGTrainer, DPGConfig, {}),
+            ("f-dpg jensen_shannon", FDPGTrainer, FDPGConfig, {"divergence": "jensen_shannon"}),
+        )
+        for further, replay in (("", {}), (", replay 3", _REPLAY))
     ]
 
 

@@ -34,7 +34,7 @@ def leave_one_out_baseline(
     Args:
         log_ratio (`torch.Tensor`): `log pi - log P` of shape `(P, G)`; `+inf` outside the posterior's support.
         log_z (`torch.Tensor`): `log Z_{-i}` of shape `(P, G)`.
-        valid (`torch.Tensor`): boolean `(P, G)`.
+        valid (`torch.Tensor`): which can be siblings, boolean `(P, G)`.
         divergence ([`~trl_bayes.divergences.Divergence`]): `f`.
 
     Returns:

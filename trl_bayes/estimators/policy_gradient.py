@@ -27,7 +27,7 @@ class PolicyGradient(Estimator):
     def baseline(self, group: Group, log_z: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros_like(log_z)
         alone = Sequences(group.log_policy, group.log_target, group.log_proposal, log_z=log_z, baseline=zeros)
-        return leave_one_out_mean(self.pseudo_reward(alone), usable, log_z)
+        return leave_one_out_mean(self.pseudo_reward(alone), usable & group.of_policy, log_z)
 
 
 class PureRL(PolicyGradient):

@@ -23,7 +23,8 @@ class ScoreFunction(Estimator):
         return score_function_coefficient(*sequences, self.divergence)
 
     def baseline(self, group: Group, log_z: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-        return leave_one_out_baseline(group.log_policy - group.log_target, log_z, usable, self.divergence)
+        siblings = usable & group.of_policy  # whose mean is the same for a completion of the policy and of the prior
+        return leave_one_out_baseline(group.log_policy - group.log_target, log_z, siblings, self.divergence)
 
     def reused_baseline(self, log_z: torch.Tensor) -> torch.Tensor:
         return torch.full_like(log_z, -self.divergence.slope_at_one)

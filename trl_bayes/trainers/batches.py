@@ -47,7 +47,8 @@ def sequence_log_probs(output: dict[str, Any], policy: torch.Tensor) -> torch.Te
     `log pi`, `log q` and `log pi_0` of completions, summed over their own tokens: `(B, 3)`, in nats.
 
     Args:
-        output (`dict`): a generated batch.
+        output (`dict`): a generated batch; its `from_prior` says which of its rows the prior has sampled, a share of
+            each group and as many in each process.
         policy (`torch.Tensor`): the policy's per-token log-probabilities `(B, T)`.
     """
     proposal = output.get("sampling_per_token_logps")
@@ -56,10 +57,12 @@ def sequence_log_probs(output: dict[str, Any], policy: torch.Tensor) -> torch.Te
     prior = output.get("ref_per_token_logps")
     # Pure RL has no prior: log P is the log-potential alone
     prior = torch.zeros_like(policy) if prior is None else prior
-    if "from_prior" in output:  # which sampled these
-        proposal = torch.where(output["from_prior"].unsqueeze(1), prior, proposal)
     mask = own_tokens(output).unsqueeze(2)
-    return (torch.stack([policy, proposal, prior], dim=2).float() * mask).sum(dim=1)
+    sums = (torch.stack([policy, proposal, prior], dim=2).float() * mask).sum(dim=1)
+    if "from_prior" in output:  # the density of the mixture, for all: who drew a completion does not matter
+        share = output["from_prior"].float().mean()
+        sums[:, 1] = torch.logaddexp(torch.log1p(-share) + sums[:, 1], share.log() + sums[:, 2])
+    return sums
 
 
 def gather_group(
@@ -83,7 +86,10 @@ def gather_group(
     """
     log_policy, log_proposal, log_prior = accelerator.gather(local[generated]).unbind(dim=1)  # (B_global,)
     rewards = accelerator.gather(output["rewards"][generated])  # (B_global, K)
-    keys = accelerator.gather(output["prompt_key"][generated]) if "prompt_key" in output else None
+    keys, from_prior = (
+        accelerator.gather(output[name][generated]) if name in output else None
+        for name in ("prompt_key", "from_prior")
+    )
     phi = target(rewards, None if keys is None else Context(log_prior, keys))
     shape = (-1, group_size)
     return Group(
@@ -92,6 +98,7 @@ def gather_group(
         log_prior.view(shape),
         phi.view(shape),
         None if keys is None else keys.view(shape)[:, 0],
+        None if from_prior is None else from_prior.view(shape),
     )
 
 

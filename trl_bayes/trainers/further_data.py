@@ -25,11 +25,12 @@ def all_data(train_dataset: Any, eval_dataset: Any) -> list[Any]:
     return [each for each in (train_dataset, *_each(eval_dataset)) if each is not None]
 
 
-def rows_of(trainer: Any) -> RowsOfData:
-    """The different rows of all data that a trainer knows."""
+def rows_of(trainer: Any, only_trained: bool = False) -> RowsOfData:
+    """The different rows of all data that a trainer knows, or of what it trains on."""
+    data = [dataset for dataset in trainer.data if not only_trained or dataset is trainer.train_dataset]
     return RowsOfData.of(
-        [trainer._remove_unused_columns(dataset) for dataset in trainer.data],  # as TRL gives them
-        is_trained=[dataset is trainer.train_dataset for dataset in trainer.data],
+        [trainer._remove_unused_columns(dataset) for dataset in data],  # as TRL gives them
+        is_trained=[dataset is trainer.train_dataset for dataset in data],
     )
 
 

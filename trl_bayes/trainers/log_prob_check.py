@@ -10,6 +10,7 @@ from trl.trainer.utils import use_adapter
 from ..language_models.batching import is_exact
 from ..language_models.generation import evaluating
 from .batches import own_tokens
+from .generation_check import refuse_other_generation
 
 
 NUM_CHECKED = 4
@@ -45,7 +46,7 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
     """
     Refuses to train where a trainer's scores of a few completions differ from those of a plain forward pass.
 
-    Every process must call it, with as many completions.
+    So do those that `generate` samples from: see [`~trl_bayes.trainers.generation_check.refuse_other_generation`]. Every process must call it, with as many completions.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): whose policy, prior and vLLM are checked.
@@ -83,6 +84,7 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
                 f"forward pass (rounding explains {allowed:.2g}), so the result would not be the posterior: "
                 f"{CAUSES[cause]} `check_log_probs=False` trains all the same."
             )
+    refuse_other_generation(trainer, batch)
 
 
 @contextmanager

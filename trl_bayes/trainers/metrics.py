@@ -64,7 +64,7 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
     from_elsewhere = torch.where(log_z.is_informed, known, NEG_INF).nan_to_num(nan=NEG_INF)
     sees_posterior = (pooled_log_z(weights, valid) - known).abs() <= math.log(2)
     no_evidence = (weights.masked_fill(~valid, NEG_INF) == NEG_INF).all(dim=1)
-    ess = effective_sample_size(weights, valid, from_elsewhere)
+    ess = effective_sample_size(weights, valid, from_elsewhere, group.log_policy - group.log_proposal)
     return {
         "posterior/log_z": known.nanmean(),
         "posterior/ess": ess.masked_fill(~is_known, torch.nan).nanmean(),

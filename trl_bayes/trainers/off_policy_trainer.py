@@ -1,11 +1,12 @@
-"""Reuse of completions from earlier policies, for the losses that stay exact under it."""
+"""Completions of earlier policies and of the prior, for the losses that stay exact under them."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from .posterior_config import PosteriorConfig
-from .posterior_trainer import PosteriorTrainer
+from .prior_share import PriorShareTrainer
 from .replay_buffer import ReplayBuffer, append_rows, refresh
 
 
@@ -14,8 +15,8 @@ class OffPolicyConfig(PosteriorConfig):
     r"""
     Configuration shared by the trainers whose loss needs no on-policy samples.
 
-    This class includes only the parameters that control replay. For the others see [`PosteriorConfig`] and
-    [`~trl.GRPOConfig`].
+    This class includes only the parameters that control who samples completions. For the others see
+    [`PosteriorConfig`] and [`~trl.GRPOConfig`].
 
     Parameters:
         replay_buffer_size (`int`, *optional*, defaults to `0`):
@@ -24,6 +25,12 @@ class OffPolicyConfig(PosteriorConfig):
         replay_ratio (`float`, *optional*, defaults to `1.0`):
             Replayed completions added to a generated batch, per fresh one. The micro-batches of the update grow by
             this factor, once the buffer holds enough.
+        prior_fraction (`float`, *optional*, defaults to `0.0`):
+            Share of each group's completions that the prior samples, rounded to whole ones, such as `0.25`. They keep
+            what the policy has lost in sight, and bound the importance weights. They are taken from
+            `num_prior_samples` for each prompt of the training data, which are drawn before the first update: as many
+            as a prompt's visits use up are enough. All completions are weighted by the density of the mixture.
+            Evaluation is the policy's alone; `reward`, `completions/*` and `entropy` of training are of all.
     """
 
     replay_buffer_size: int = field(
@@ -34,9 +41,17 @@ class OffPolicyConfig(PosteriorConfig):
         default=1.0,
         metadata={"help": "Replayed completions added to a generated batch, per fresh one."},
     )
+    prior_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of each group's completions that the prior samples, such as 0.25."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_replay()
+        self._check_prior_fraction()
+
+    def _check_replay(self) -> None:
         if self.replay_buffer_size < 0:
             raise ValueError(
                 f"`replay_buffer_size={self.replay_buffer_size}` must not be negative: 0 means no replay."
@@ -53,6 +68,38 @@ class OffPolicyConfig(PosteriorConfig):
                 "that `replay_ratio` adds to each batch: increase the size or lower the ratio."
             )
 
+    def _check_prior_fraction(self) -> None:
+        if not 0 <= self.prior_fraction < 1:  # also refuses NaN
+            raise ValueError(
+                f"`prior_fraction={self.prior_fraction}` is no share of a group: set it to at least 0 and below 1."
+            )
+        if self.prior_fraction == 0:
+            return
+        group_size, number = cast(int, self.num_generations), self.num_of_prior
+        if not 0 < number < group_size:
+            raise ValueError(
+                f"`prior_fraction={self.prior_fraction}` of `num_generations={group_size}` is {number} completions, "
+                "and a group needs some of the prior and some of the policy: set another fraction, or a larger "
+                "`num_generations`."
+            )
+        of_process = self.per_device_train_batch_size * (self.steps_per_generation or 1)
+        if of_process * number % group_size:
+            raise ValueError(
+                f"`prior_fraction={self.prior_fraction}` is {number} of {group_size} completions, which cannot be "
+                f"spread evenly over the {of_process} that each process generates: make "
+                "`per_device_train_batch_size * steps_per_generation` a multiple of "
+                f"{group_size // math.gcd(number, group_size)}."
+            )
+
+    @property
+    def num_of_prior(self) -> int:
+        """Completions of each group that the prior samples."""
+        return round(self.prior_fraction * cast(int, self.num_generations))
+
+    @property
+    def share_of_prior(self) -> str | None:
+        return f"prior_fraction={self.prior_fraction}" if self.prior_fraction > 0 else None
+
     @property
     def num_replayed(self) -> int:
         """Replayed completions per generated batch and process: a multiple of `steps_per_generation`."""
@@ -65,8 +112,11 @@ class OffPolicyConfig(PosteriorConfig):
         return self.replay_buffer_size > 0 or self.gradient_accumulation_steps % self.steps_per_batch != 0
 
 
-class OffPolicyTrainer(PosteriorTrainer):
-    """A [`PosteriorTrainer`] that can add completions of earlier policies to each batch, with their recorded `q`."""
+class OffPolicyTrainer(PriorShareTrainer):
+    """
+    A trainer that can take a share of each group from the prior, and add completions of earlier policies to each
+    batch, all with their recorded `q`.
+    """
 
     args: OffPolicyConfig
     config_class = OffPolicyConfig
@@ -78,6 +128,15 @@ class OffPolicyTrainer(PosteriorTrainer):
         if size > 0 and self._is_vlm:
             raise ValueError("Replay keeps text only: leave `replay_buffer_size` at 0 with a vision-language model.")
         return ReplayBuffer(size, self.args.seed + self.accelerator.process_index) if size > 0 else None
+
+    @property
+    def _num_of_prior(self) -> int:
+        of_pairs = super()._num_of_prior  # which have a share of their own
+        return of_pairs or (self.args.num_of_prior if self.model.training else 0)
+
+    @property
+    def _samples_prior(self) -> bool:
+        return super()._samples_prior or self.args.num_of_prior > 0
 
     @property
     def _is_scored_by_update(self) -> bool:
@@ -104,5 +163,13 @@ class OffPolicyTrainer(PosteriorTrainer):
 
     def load_posterior_state(self, state: dict[str, Any]) -> None:
         super().load_posterior_state(state)
-        if self.replay_buffer is not None and "replay_buffer" in state:
-            self.replay_buffer.load_state_dict(state["replay_buffer"])
+        if self.replay_buffer is None or "replay_buffer" not in state:
+            return
+        if self.partition.name not in state["partition"]:
+            (before,) = state["partition"]
+            raise ValueError(
+                f"The checkpoint's completions for replay were drawn with `partition={before!r}`, and "
+                f"`partition={self.partition.name!r}` knows nothing of log Z of their prompts: resume with the same "
+                "`partition`, or with `replay_buffer_size=0`."
+            )
+        self.replay_buffer.load_state_dict(state["replay_buffer"])

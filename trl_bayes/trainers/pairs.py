@@ -1,7 +1,6 @@
 """Pairs of a completion of the policy and one of the prior: how they stand in a batch, and what is logged of them."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,13 +10,7 @@ from ..estimators import PairTerms, PreferenceLoss
 from .batches import own_tokens
 
 
-T = TypeVar("T")
 _OF_PROMPT = ("prompt_ids", "prompt_mask")
-
-
-def alternate(of_policy: Sequence[T], of_prior: Sequence[T]) -> list[T]:
-    """The rows of a generated batch: one of the policy, one of the prior, and so on, so that pairs stand together."""
-    return [each for pair in zip(of_policy, of_prior, strict=True) for each in pair]
 
 
 def by_pairs(values: torch.Tensor) -> torch.Tensor:

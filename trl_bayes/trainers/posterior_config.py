@@ -250,6 +250,11 @@ class PosteriorConfig(GRPOConfig):
         """Forward passes for which one generated batch is used."""
         return self.num_iterations * (self.steps_per_generation or 1)
 
+    @property
+    def share_of_prior(self) -> str | None:
+        """The setting that asks for completions of the prior in each group, if one does."""
+        return None
+
     def ineffective_settings(self) -> str | None:
         """A sentence on GRPO parameters that the user changed and that these trainers do not use."""
         changed = [

@@ -21,7 +21,6 @@ from ..targets import Target, build_target
 from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
 from .checkpoints import check_same_run, read_state, run_identity, save_state
 from .further_data import all_data, known_data, learn_of_further_data, rows_of
-from .generation_check import refuse_other_generation
 from .learning_from_prior import GIVEN, REWARDS, as_draw, learn, unrecorded
 from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
@@ -109,7 +108,7 @@ class PosteriorTrainer(GRPOTrainer):
         self.target = build_target(args.target if target is None else target, args.beta or None)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
         self.partition = make_partition(args.partition, self.target)
-        refuse_early(self, args, all_data(train_dataset, eval_dataset), bool(environment_factory))
+        refuse_early(self, args, all_data(train_dataset, eval_dataset), environment_factory, tools or rollout_func)
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(
                 model=model,
@@ -258,7 +257,6 @@ class PosteriorTrainer(GRPOTrainer):
     def _check_log_probs(self, output: dict[str, Any], policy: torch.Tensor) -> None:
         if not self._is_checked:  # once, before the first update
             refuse_inexact(self, self._score, output, policy)
-            refuse_other_generation(self, output)
         self._is_checked = True
 
     def _policy_scores(self, output: dict[str, Any]) -> torch.Tensor:
@@ -347,6 +345,6 @@ class PosteriorTrainer(GRPOTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card, and in it which posterior the model was trained towards and where it stands."""
         super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        add_section(Path(str(self.args.output_dir)) / "README.md", self.estimator, self.target, self.args, self.state)
+        if self.is_world_process_zero():
+            card = Path(str(self.args.output_dir)) / "README.md"
+            add_section(card, self.estimator, self.target, self.args, self.state)

@@ -1,6 +1,6 @@
 """Learning from pairs of a completion of the policy and one of the prior, which are ordered by rewards or a judge."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -11,13 +11,11 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from ..estimators import Preference, bradley_terry, larger_wins
 from ..targets import Target
 from ..targets.base import weighted_sum
-from .batches import row_hashes, scorer_inputs, sequence_log_probs
-from .further_data import rows_of
+from .batches import scorer_inputs, sequence_log_probs
 from .judge import Judge, ask, refuse_uncallable
-from .learning_from_prior import GIVEN, REWARDS, learn
+from .learning_from_prior import GIVEN, REWARDS
 from .metrics import show_advantages, token_kl
 from .pairs import (
-    alternate,
     batch_of_pairs,
     by_pairs,
     completions_of,
@@ -28,7 +26,8 @@ from .pairs import (
     loss_metrics,
     pair_terms,
 )
-from .posterior_trainer import EvalDataset, PosteriorTrainer
+from .posterior_trainer import EvalDataset
+from .prior_share import PriorShareTrainer
 
 
 if TYPE_CHECKING:
@@ -65,13 +64,11 @@ class MissingEOS:
         return [0.0 if ids[-1] in self.eos_token_ids else -self.penalty for ids in completion_ids]
 
 
-class PreferenceTrainer(PosteriorTrainer):
+class PreferenceTrainer(PriorShareTrainer):
     """
-    A [`PosteriorTrainer`] whose groups alternate between completions of the policy and of the prior.
+    A [`PriorShareTrainer`] whose groups alternate between completions of the policy and of the prior.
 
-    The prior's are those that are drawn before the first update and kept (`num_prior_samples` for each prompt): drawn
-    while the policy is the prior, by the same backend, so that they are the prior's with adapters and vLLM too. From
-    generation on a pair is one row of a batch.
+    From generation on a pair is one row of a batch.
 
     Args:
         judge ([`~trl_bayes.trainers.judge.Judge`], *optional*):
@@ -124,9 +121,6 @@ class PreferenceTrainer(PosteriorTrainer):
         if self._is_vlm:
             raise ValueError("Samples of the prior are kept as text: use a model without images.")
         self._penalize_missing_eos()
-        self._prior_completions: Sequence[Sequence[int]] = ()  # of all rows, once they are drawn
-        self._place: dict[int, int] = {}  # of a row of the data, by its key, among these
-        self._of_prior: list[list[int]] | None = None  # that join the batch which is being generated
 
     def _penalize_missing_eos(self) -> None:
         """The penalty as one more reward function, so that it is logged and part of the posterior."""
@@ -139,52 +133,15 @@ class PreferenceTrainer(PosteriorTrainer):
         self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])
         self.target.bind(self.reward_func_names, self.reward_weights)
 
-    # ---------------------------------------------------------------------------------------------------------------
-    # The prior's completions
-
     @property
-    def has_learned(self) -> bool:
-        return bool(self._place)  # the completions themselves are no part of a checkpoint
-
-    def learn_from_prior(self, again: bool = False) -> None:
-        rows = rows_of(self)
-        samples = learn(self, rows, again)
-        self._prior_completions = samples.completions().completion_ids
-        self._place = {key: place for place, key in enumerate(rows.keys.tolist())}
-
-    def _choose_of_prior(self, inputs: list[dict[str, Any]]) -> list[list[int]]:
-        """One of the prior's completions for every second row, each drawn from all that there are of its prompt."""
-        start = self.accelerator.process_index * len(inputs)
-        keys = row_hashes(inputs, start, self._group_size)[1::2]
-        number = self.args.num_prior_samples
-        chosen = torch.randint(number, (len(keys),)).tolist()
-        return [
-            list(self._prior_completions[self._place[key] * number + one])
-            for key, one in zip(keys, chosen, strict=True)
-        ]
-
-    def _generate_single_turn(
-        self, prompt_ids: list, images: Any, multimodal_fields: dict, num_generations: int, *others: Any
-    ) -> tuple[list[list[int]], list | None]:
-        if self._of_prior is None:  # samples of the prior are drawn
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *others)
-        half = num_generations // 2
-        ids, log_probs = super()._generate_single_turn(prompt_ids[0::2], images, multimodal_fields, half, *others)
-        if log_probs is not None:  # of vLLM, which has not sampled the prior's
-            log_probs = alternate(log_probs, [[None] * len(each) for each in self._of_prior])
-        return alternate(ids, self._of_prior), log_probs
+    def _num_of_prior(self) -> int:
+        return self._group_size // 2  # every second one, in evaluation too
 
     # ---------------------------------------------------------------------------------------------------------------
     # From a group of completions to pairs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self.has_learned:
-            self.learn_from_prior()
-        self._of_prior = self._choose_of_prior(inputs)
-        try:
-            return batch_of_pairs(super()._generate_and_score_completions(inputs))
-        finally:
-            self._of_prior = None
+        return batch_of_pairs(super()._generate_and_score_completions(inputs))
 
     def _generate_with_rewards(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         output, rows = super()._generate_with_rewards(inputs)
@@ -195,7 +152,6 @@ class PreferenceTrainer(PosteriorTrainer):
         output["ended"] = torch.isin(ids.gather(1, last), torch.tensor(self.eos_token_ids, device=ids.device)).squeeze(
             1
         )
-        output["from_prior"] = torch.arange(len(ids), device=ids.device) % 2 == 1
         rewards = output["rewards"]
         scores = weighted_sum(rewards, self.reward_weights)
         by_others = rewards if self.args.missing_eos_penalty is None else rewards[:, :-1]

@@ -110,6 +110,11 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
         ValueError: one sentence.
     """
     refuse_same_names(trainer.reward_func_names)
+    if trainer.args.share_of_prior is not None and trainer._is_vlm:
+        raise ValueError(
+            f"`{trainer.args.share_of_prior}` keeps completions of the prior as text: leave it at 0 with a "
+            "vision-language model."
+        )
     for dataset in datasets:
         if trainer.environment_factories is None and isinstance(dataset, Dataset):
             check_prompts(
@@ -121,24 +126,33 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
             )
 
 
-def refuse_early(trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: bool) -> None:
+def refuse_early(
+    trainer: Any, args: PosteriorConfig, datasets: Sequence[Any], writes_prompts: Any, writers: Any = None
+) -> None:
     """
     What can be said of the data before a model is loaded: that it has prompts, and that their prior can be sampled.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): that has its target and its partition.
-        args ([`PosteriorConfig`]), datasets (`Sequence`), writes_prompts (`bool`): as of [`refuse_unsampled_prior`].
+        args ([`PosteriorConfig`]), datasets (`Sequence`): as of [`refuse_unsampled_prior`].
+        writes_prompts: whether an environment may write prompts, or what makes such environments.
+        writers (*optional*): tools or a rollout function, which write into completions.
 
     Raises:
         ValueError: one sentence.
     """
+    if writers and args.share_of_prior is not None:
+        raise ValueError(
+            f"`{args.share_of_prior}` takes completions of the prior that are its own tokens alone, and `tools` or a "
+            "`rollout_func` would write others into them: leave them out, or leave it at 0."
+        )
     for dataset in datasets:
         columns = dataset.column_names  # of a stream they may not be known
         if not writes_prompts and columns is not None and "prompt" not in columns:
             raise ValueError(f"The data has no column 'prompt': it has {columns}.")
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError("The data has no rows: give at least one prompt.")
-    refuse_unsampled_prior(trainer.target, trainer.partition, args, datasets, writes_prompts)
+    refuse_unsampled_prior(trainer.target, trainer.partition, args, datasets, bool(writes_prompts))
 
 
 def refuse_too_few_prompts(dataset: Any, args: PosteriorConfig) -> None:
@@ -187,9 +201,13 @@ def refuse_unsampled_prior(
     Raises:
         ValueError: one sentence.
     """
-    if not (target.needs_prior_samples or partition.needs_prior_samples):
+    if target.needs_prior_samples or partition.needs_prior_samples:
+        needs = f"The target {target!r}" if target.needs_prior_samples else f"`partition={partition.name!r}`"
+        other = "use a target and a `partition` that learn nothing from the prior"
+    elif (share := args.share_of_prior) is not None:
+        needs, other = f"`{share}`", f"leave `{share.partition('=')[0]}` at 0"
+    else:
         return
-    needs = f"The target {target!r}" if target.needs_prior_samples else f"`partition={partition.name!r}`"
     if args.beta == 0:
         raise ValueError(
             f"{needs} needs samples of the prior, and `beta=0` is pure RL, which has none: set `beta` > 0, or use "
@@ -203,7 +221,7 @@ def refuse_unsampled_prior(
     if writes_prompts:
         raise ValueError(
             f"{needs} needs samples of the prior for each prompt, and an environment may write prompts that the data "
-            "does not have: use a target and a `partition` that learn nothing from the prior."
+            f"does not have: {other}."
         )
     if not all(isinstance(dataset, Dataset) for dataset in datasets):
         raise ValueError(

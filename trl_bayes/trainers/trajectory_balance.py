@@ -45,6 +45,15 @@ class TrajectoryBalanceConfig(DivergenceConfig, OffPolicyConfig):
         """Whether `log Z` is fitted to the siblings (VarGrad), which is exact for reverse KL on-policy only."""
         return self.partition == "leave_one_out" and not self.reuses_samples and self.divergence == "reverse_kl"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior_fraction > 0 and self.partition == "leave_one_out" and not self.fits_log_z:
+            raise ValueError(
+                f"`prior_fraction={self.prior_fraction}` with `partition='leave_one_out'` moves the fixed point of "
+                "trajectory balance: the error of a group's own log Z does not average out over completions of the "
+                "prior, so set `partition` to 'running', 'prior_samples' or 'known'."
+            )
+
 
 class TrajectoryBalanceTrainer(OffPolicyTrainer):
     """
@@ -60,12 +69,14 @@ class TrajectoryBalanceTrainer(OffPolicyTrainer):
     other policy `q` that covers the posterior's support its minimum stays at `pi = p`, without importance ratios or
     clipping, if `log Z` is the true one. So off-policy (replay, asynchronous sampling) use
     `partition="prior_samples"`, which is [A*-PO](https://huggingface.co/papers/2505.20686) for reverse KL: with `Z`
-    from the group's own weights and completions of the prior the fixed point is off by KL(p||pi) = .111, .026 and .005
-    at 4, 16 and 64 completions a group (letters); a running `Z`, or `q` near the posterior, makes that harmless.
+    from the group's own weights and completions of the prior the fixed point is off by KL(p||pi) = .22, .057 and .009
+    at 4, 16 and 64 completions a group (letters); a running `Z`, or `q` near the posterior, makes that harmless. With
+    a share of each group from the prior (`prior_fraction`) that `Z` is refused, but for the constant below.
 
     On-policy with `reverse_kl` and `partition="leave_one_out"`, `log Z` is the constant that fits the siblings best
-    (VarGrad): the gradient is then exactly that of [`KLRLTrainer`]. In all other cases it is the importance estimate,
-    which does not go stale when completions are reused.
+    (VarGrad): the gradient is then exactly that of [`KLRLTrainer`]; with `prior_fraction` it is that of the variance
+    of the log-ratio under the mixture, whose minimum is the posterior too. In all other cases it is the importance
+    estimate, which does not go stale when completions are reused.
 
     Example:
 

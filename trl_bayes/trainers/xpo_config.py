@@ -101,6 +101,11 @@ class XPOConfig(OffPolicyConfig):
             )
         if self.ordering not in ORDERINGS:
             raise ValueError(f"Unknown `ordering={self.ordering!r}`: use one of {list(ORDERINGS)}.")
+        if self.prior_fraction != 0:
+            raise ValueError(
+                f"`prior_fraction={self.prior_fraction}` has no use here, where every second completion is the "
+                "prior's: leave `prior_fraction` at 0."
+            )
         if self.partition != FromPriorSamples.name:
             raise ValueError(
                 f"`partition={self.partition!r}` has no use here, where samples of the prior are drawn anyway: leave "

@@ -80,6 +80,19 @@ def test_checkpoint_of_another_trainer_or_target_is_refused(make: Make, tmp_path
         make("f_dpg", {"beta": 2 * BETA}).train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize(("before", "after"), [(LEAVE_ONE_OUT, RUNNING), ({"partition": "prior_samples"}, RUNNING)])
+def test_replay_of_another_partition_is_refused(
+    before: dict[str, Any], after: dict[str, Any], make: Make, tmp_path: Path
+) -> None:
+    """What is kept has no prompt, or a prompt of which the new partition has seen nothing: log Z would be -inf."""
+    few = {"num_prior_samples": 4, "save_strategy": "steps", "save_steps": 1}
+    make("dpg", {**few, **REPLAY, **before}).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    with pytest.raises(ValueError, match=f"`partition='{before['partition']}'`.*`partition='running'` knows nothing"):
+        make("dpg", {**few, **REPLAY, **after}).train(resume_from_checkpoint=checkpoint)
+    make("dpg", {**few, **after}).train(resume_from_checkpoint=checkpoint)  # without replay it begins afresh
+
+
 def test_checkpoint_of_an_earlier_version_is_refused(make: Make, tmp_path: Path) -> None:
     make("dpg", {"save_strategy": "steps", "save_steps": 1}).train()
     checkpoint = tmp_path / "out" / "checkpoint-1"
