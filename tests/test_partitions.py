@@ -212,7 +212,7 @@ def test_the_fixed_point_of_prior_samples_stays(prior: list[float]) -> None:
     assert found.tolist() == [found[0].item()] * 3
 
 
-@pytest.mark.parametrize(("name", "limit"), [("reverse_kl", 0.42), ("jensen_shannon", 0.5), ("forward_kl", 0.34)])
+@pytest.mark.parametrize(("name", "limit"), [("reverse_kl", 0.42), ("jensen_shannon", 0.1), ("forward_kl", 0.34)])
 def test_off_policy_at_the_posterior_trajectory_balance_is_off_by_order_1_over_n(name: str, limit: float) -> None:
     """Completions of the prior, at all sizes and rates of a success: the mean of the factor, which is to be 0."""
     divergence, worst = get_divergence(name), {}
@@ -223,8 +223,7 @@ def test_off_policy_at_the_posterior_trajectory_balance_is_off_by_order_1_over_n
         log_z = partition.log_z(groups_of(log_ratio.tolist())).of_completion[0]
         factor = trajectory_balance_coefficient(log_ratio, log_ratio, log_z, divergence)
         worst[number] = (rate * factor).abs().max().item()
-    assert all(value * number < limit for number, value in worst.items())
-    assert worst[10] > 30 * worst[1000] > 0
+    assert all(0.7 * limit < value * number < limit for number, value in worst.items())
 
 
 def test_what_informs() -> None:

@@ -253,17 +253,21 @@ class FromPriorSamples(Partition):
         return log_z, number, informed.bool()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.table is None else {**self.table.state_dict(), "visits": self._visits.state_dict()}
+        if self.table is None:
+            return {}
+        visits = {f"visits_{name}": value for name, value in self._visits.state_dict().items()}
+        return {**self.table.state_dict(), **visits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state and "visits" not in state:
+        visits = {name.removeprefix("visits_"): value for name, value in state.items() if name.startswith("visits_")}
+        if state and not visits:
             raise ValueError(
                 "The checkpoint was written by an earlier version of trl_bayes, which kept less of the samples of the "
                 "prior: start a new run from the checkpoint's weights."
             )
         self.table = PromptTable(state["keys"], state["values"]) if state else None
         if state:
-            self._visits.load_state_dict(state["visits"])
+            self._visits.load_state_dict(visits)
 
 
 def _not_informed(number: int, without: int, shape: torch.Size) -> str | None:

@@ -46,7 +46,8 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
     """
     Refuses to train where a trainer's scores of a few completions differ from those of a plain forward pass.
 
-    So do those that `generate` samples from: see [`~trl_bayes.trainers.generation_check.refuse_other_generation`]. Every process must call it, with as many completions.
+    Nor may those that `generate` samples from: [`~trl_bayes.trainers.generation_check.refuse_other_generation`] is
+    called too. Every process must call it, with as many completions.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): whose policy, prior and vLLM are checked.
