@@ -67,7 +67,7 @@ docs: $(INSTALLED) ## build the documentation strictly, without a network: build
 
 # The wheel goes into an environment of its own, and is used from an empty folder: nothing of the clone helps it.
 PACKAGE := build/package
-package: $(INSTALLED) ## build sdist and wheel, check them, and run the quickstart from the wheel outside the clone
+package: $(INSTALLED) ## build sdist and wheel, check them, and run the quickstart, the README and two recipes from the wheel
 	rm -rf dist $(PACKAGE)
 	$(PY) -m build --no-isolation
 	$(PY) -m twine check --strict dist/*
@@ -78,6 +78,10 @@ package: $(INSTALLED) ## build sdist and wheel, check them, and run the quicksta
 	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes env
 	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes quickstart --quick
 	test -s $(PACKAGE)/empty/runs/quickstart/report.html
+	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/python $(CURDIR)/tests/helpers/readme.py
+	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes f-dpg \
+		--config recipes/python_syntax/f_dpg.yaml --max_steps 2 --use_cpu --output_dir runs/f_dpg
+	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes bench papers --figures best_of_n --seeds 0
 
 clean: ## remove the environment, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .hypothesis .import_linter_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -68,13 +69,14 @@ def test_the_lowest_versions_are_tried() -> None:
         assert need.name not in pins or Version(pins[need.name]) == lowest, need
 
 
-def test_the_wheel_has_what_the_package_reads() -> None:
-    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["packages"] == ["trl_bayes"]
-    assert {"recipes": "trl_bayes/recipes", "accelerate_configs": "trl_bayes/accelerate_configs"} == wheel[
-        "force-include"
-    ]
-    assert (ROOT / "trl_bayes" / "py.typed").is_file() and (ROOT / METADATA["readme"]).is_file()
+def test_the_wheel_has_what_commands_read_and_no_results() -> None:
+    built = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    shipped = [*(ROOT / "recipes").rglob("*.*"), *(ROOT / "accelerate_configs").glob("*.yaml")]
+    read = [path for path in shipped if path.suffix in (".yaml", ".py", ".jsonl") and "__pycache__" not in path.parts]
+    assert len(read) > 60 and {f"trl_bayes/{path.relative_to(ROOT)}" for path in read} <= built
+    assert {"trl_bayes/py.typed", "trl_bayes/cli.py"} <= built and (ROOT / METADATA["readme"]).is_file()
+    assert not [name for name in built if name.endswith((".png", ".ipynb")) or "/table." in name]
+    assert all(name.startswith("trl_bayes/") for name in built)
     script = importlib.metadata.EntryPoint("trl-bayes", METADATA["scripts"]["trl-bayes"], "console_scripts")
     assert callable(script.load())
 
