@@ -66,6 +66,24 @@ def test_the_mean_gradient_is_the_exact_one(name: str) -> None:
     assert abs(moments.squared_bias) < 4 * moments.squared_bias_error + allowed * exact.square().sum()
 
 
+def test_a_batch_is_used_again_while_it_is_effective() -> None:
+    """Its weights are those of the policy as it is by then; at once they are all one."""
+    method = Method("DPG, twice", "forward_kl", "importance", most_updates=2)
+    ablation = Ablation(PROBLEM, 2, BUDGET)
+    sampled, policies = Sampled(ablation, method, seed=0), ablation.policies()
+    first = sampled.loss(policies())
+    assert sampled.loss(policies(), again=True).item() == pytest.approx(first.item(), rel=1e-6)
+    assert sampled.effective_share(policies()) == pytest.approx(1.0)
+    other = moved(ablation)()
+    log_policy = ablation.prefixes.log_law(other).flatten(0, 1).gather(1, sampled.batch["outcome"].view(4, -1))
+    ratio = (log_policy.view(2, -1) - sampled.batch["log_proposal"]).exp()
+    expected = ratio.sum(dim=1).square() / ratio.square().sum(dim=1) / ratio.size(1)
+    assert sampled.effective_share(other) == pytest.approx(expected.min().item(), rel=1e-4)
+    assert 0.1 < sampled.effective_share(other) < 0.98
+    before = ablation.train(Method("DPG", "forward_kl", "importance")).forward_kl
+    assert ablation.train(method).forward_kl != before
+
+
 def test_the_share_of_a_group_does_not_see_it() -> None:
     """The mixture of Rao-Blackwellized and sequence-level: what a group is changes the shares of the others only."""
     numerator, denominator = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 5.0, 8.0, 4.0])

@@ -28,6 +28,7 @@ from trl_bayes.partitions import fixed_log_z
 from trl_bayes.targets import Tilt
 from trl_bayes.trainers.metrics import group_metrics
 from trl_bayes.trainers.prior_share import merge, spread
+from trl_bayes.trainers.refusals import refuse_data
 
 
 TASK = letter_count_task()
@@ -144,6 +145,12 @@ def test_completions_and_their_density(
             for group, drawn_by_prior in enumerate(chosen):
                 own = [completions[G * group + i][1] for i in drawn_by_prior.nonzero().flatten().tolist()]
                 assert {*own} <= of_prior
+        if kind == "f_dpg":  # whose siblings are the policy's completions only
+            log_ratio = torch.tensor([policy[one] for one in completions]) - each.batch["log_target"]
+            for i in range(4 * G):
+                siblings = [j for j in range(G * (i // G), G * (i // G) + G) if j != i and not chosen.flatten()[j]]
+                worth = -get_divergence("jensen_shannon").slope(log_ratio[siblings] + each.batch["log_z"][i])
+                assert each.batch["baseline"][i].item() == pytest.approx(worth.mean().item(), abs=1e-4)
     assert max(abs(policy[one] - base[one]) for one in policy) > 0.5  # the two densities differ
     # The others are the policy's, which after some steps are not the kept ones any more
     assert {one[1] for one in seen[-1].completions(prior.tokenizer)} - of_prior
@@ -289,3 +296,7 @@ def test_a_prior_that_cannot_be_sampled(make: Make, prior: Prior) -> None:
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))
     with pytest.raises(ValueError, match="`prior_fraction=0.5` needs samples of the prior.*not streamed"):
         make(train_dataset=stream)
+    trainer = make()
+    trainer._is_vlm = True
+    with pytest.raises(ValueError, match="vision-language"):
+        refuse_data(trainer, [])

@@ -145,7 +145,7 @@ def test_signatures_of_the_methods_that_we_override_or_call(method: str, paramet
 
 
 def test_completions_are_generated_by_one_method_row_by_row(make: Make) -> None:
-    # preference_trainer.py puts the prior's completions beside those that it has generated
+    # prior_share.py puts the prior's completions beside those that it has generated
     trainer = make()
     given = [[65, 66, 2], [67, 2], [68, 2], [69, 70, 71, 2]]
     trainer._generate_single_turn = lambda *args: (given, None)

@@ -71,6 +71,7 @@ def methods() -> list[Method]:
         Method("DPG, replay 3, a quarter from the prior", forward, "importance", 3, 0.25),
         Method("DPG, up to 4 updates", forward, "importance", most_updates=4),
         Method("DPG, up to 16 updates", forward, "importance", most_updates=16),
+        Method("DPG, a quarter from the prior, up to 4 updates", forward, "importance", 0, 0.25, most_updates=4),
         Method("Jensen-Shannon, up to 4 updates", middle, "score_function", most_updates=4),
         Method("DPG, self-normalized Z", forward, "importance", self_normalized=True),
         Method("DPG, replay 3, self-normalized Z", forward, "importance", 3, self_normalized=True),

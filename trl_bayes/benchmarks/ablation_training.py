@@ -144,7 +144,9 @@ class Sampled:
         drawn = self._draw(law, ablation.log_prior.repeat(seeds, 1))  # (R, G)
         chosen = law[row.unsqueeze(1), drawn]
         prior = ablation.log_prior[(row % num_prompts).unsqueeze(1), drawn].to(chosen)
-        group = Group(chosen, self._log_proposal(chosen, prior), prior, ablation.phi[drawn].to(chosen), row)
+        phi, from_prior = ablation.phi[drawn].to(chosen), torch.zeros_like(drawn, dtype=torch.bool)
+        from_prior[:, : self._num_of_prior] = True
+        group = Group(chosen, self._log_proposal(chosen, prior), prior, phi, row, from_prior)
         if self.method.kind in ("adaptive", "energy"):
             return self._of_tokens(next_token, group, drawn, row)
         log_z = self.partition.log_z(group)
@@ -169,10 +171,14 @@ class Sampled:
         ratio = (log_policy - self.batch["log_proposal"]).detach()  # (E, B)
         return effective_sample_size(ratio, torch.ones_like(ratio, dtype=torch.bool)).min().item()
 
+    @property
+    def _num_of_prior(self) -> int:
+        return round(self.method.prior_fraction * self.ablation.budget.group_size)
+
     def _draw(self, law: Tensor, prior: Tensor) -> Tensor:
         """Numbers of completions, `(R, G)`: of each group a share of the prior's, and the policy's."""
         size, times = self.ablation.budget.group_size, self.ablation.budget.groups // self.ablation.num_prompts
-        of_prior = round(self.method.prior_fraction * size)
+        of_prior = self._num_of_prior
         parts = [
             torch.multinomial(log_law.exp(), number * times, replacement=True, generator=self.generator)
             for log_law, number in ((prior, of_prior), (law, size - of_prior))

@@ -30,9 +30,10 @@ class DPGTrainer(OffPolicyTrainer):
         grad KL(p||pi) = -E_q[(P / (q Z) - pi / q) grad log pi],        P = pi_0 exp(phi).
 
     The first weight does not depend on the policy that is trained, so a completion can be used for any number of
-    updates (`num_iterations`) and from any recorded policy (`replay_buffer_size`). The second is a baseline of zero
-    mean. A completion outside the posterior's support only has the baseline, so hard constraints are fine: with
-    [`~trl_bayes.targets.Constraint`] this learns the prior conditioned on an event.
+    updates (`num_iterations`) and from any recorded policy (`replay_buffer_size`), or a mixture of the policy and the
+    prior (`prior_fraction`). The second is a baseline of zero mean. A completion outside the posterior's support only
+    has the baseline, so hard constraints are fine: with [`~trl_bayes.targets.Constraint`] this learns the prior
+    conditioned on an event.
 
     Example:
 

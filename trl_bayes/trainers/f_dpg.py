@@ -26,8 +26,9 @@ class FDPGTrainer(OffPolicyTrainer):
 
         grad D_f(pi||p) = E_pi[f'(t) grad log pi],
 
-    a policy gradient with the pseudo-reward `-f'(t)` and its leave-one-out mean as baseline. Completions of an earlier
-    policy (`num_iterations` > 1, `replay_buffer_size`, vLLM) are weighted by the sequence's ratio `pi/q`, unclipped.
+    a policy gradient with the pseudo-reward `-f'(t)` and its leave-one-out mean as baseline. Completions of another
+    policy (`num_iterations` > 1, `replay_buffer_size`, `prior_fraction`, vLLM) are weighted by the sequence's ratio
+    `pi/q`, unclipped.
 
     Example:
 
