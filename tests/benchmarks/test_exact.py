@@ -69,6 +69,10 @@ def test_jobs_are_problems_by_trainers_by_seeds() -> None:
     assert len(full) == 3 + 7 * 5
     replay = jobs(ExactArguments(problems=["letters", "hard-20k"], methods=["replay"], seeds=[0]))
     assert len(replay) == (3 + 3) + 2  # on letters each trainer has a divergence of its own, and a limit
+    often = jobs(ExactArguments(problems=["letters"], methods=["updates"], seeds=[0], samples=102_400))
+    assert [job.keywords["max_steps"] for job in often] == [400, 400, 1600, 1600]  # type: ignore[attr-defined]
+    mixed = jobs(ExactArguments(problems=["letters"], methods=["prior"], seeds=[0]))
+    assert len(mixed) == 2 + 2 * 3
     large = jobs(ExactArguments(problems=["hard-20k"], methods=["replay"], seeds=[0], largest_limit=20_000))
     assert len(large) == 2 + 2
     pairs = jobs(ExactArguments(problems=["letters"], methods=["XPO"], seeds=[0, 1], samples=102_400))

@@ -21,7 +21,8 @@ class Method:
         prior_fraction (`float`): share of each group that the prior draws.
         self_normalized (`bool`): `Z` is the group's own mean weight.
         exact_half (`int`, *optional*): 1 or 2, the half of the steps in which the gradient is exact.
-        most_updates (`int`): with a batch, each as long as its effective number under the policy is at least half.
+        most_updates (`int`): with a batch.
+        least_effective (`float`): share of the batch that counts under the policy, for another update with it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Method:
     self_normalized: bool = False
     exact_half: int | None = None
     most_updates: int = 1
+    least_effective: float = 0.0
 
     def is_exact(self, share: float) -> bool:
         """Whether the step has no noise after which this share of the steps is done."""
@@ -69,10 +71,11 @@ def methods() -> list[Method]:
         Method("DPG, a quarter from the prior", forward, "importance", prior_fraction=0.25),
         Method("Jensen-Shannon, a quarter from the prior", middle, "score_function", prior_fraction=0.25),
         Method("DPG, replay 3, a quarter from the prior", forward, "importance", 3, 0.25),
-        Method("DPG, up to 4 updates", forward, "importance", most_updates=4),
-        Method("DPG, up to 16 updates", forward, "importance", most_updates=16),
-        Method("DPG, a quarter from the prior, up to 4 updates", forward, "importance", 0, 0.25, most_updates=4),
-        Method("Jensen-Shannon, up to 4 updates", middle, "score_function", most_updates=4),
+        Method("DPG, 4 updates", forward, "importance", most_updates=4),
+        Method("DPG, up to 4 updates", forward, "importance", most_updates=4, least_effective=0.5),
+        Method("DPG, up to 16 updates", forward, "importance", most_updates=16, least_effective=0.5),
+        Method("DPG, a quarter from the prior, 4 updates", forward, "importance", 0, 0.25, most_updates=4),
+        Method("Jensen-Shannon, up to 4 updates", middle, "score_function", most_updates=4, least_effective=0.5),
         Method("DPG, self-normalized Z", forward, "importance", self_normalized=True),
         Method("DPG, replay 3, self-normalized Z", forward, "importance", 3, self_normalized=True),
         Method("KL-RL, share of Rao-Blackwellized", reverse, "adaptive"),

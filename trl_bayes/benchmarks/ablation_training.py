@@ -86,7 +86,7 @@ class Ablation:
             exact = method.is_exact(step / budget.steps)
             for update in range(method.most_updates):
                 table = policies()
-                if update > 0 and sampled.effective_share(table) < 0.5:
+                if update > 0 and sampled.effective_share(table) < method.least_effective:
                     break
                 optimizer.zero_grad()
                 (exact_loss_of(self, method, table) if exact else sampled.loss(table, again=update > 0)).backward()

@@ -33,6 +33,11 @@ from .trainings import SILENT, TrainerSetup, TrainingRun
 ExactRun = TrainingRun[PolicyFit, PolicyFit]
 _BUDGET = {"per_device_train_batch_size": 256, "max_steps": 400}
 _REPLAY: dict[str, Any] = {"replay_buffer_size": 8192, "replay_ratio": 3.0}
+_UPDATES: dict[str, Any] = {"num_iterations": 4}
+_OFF_POLICY: tuple[tuple[str, Any, Any, dict[str, Any]], ...] = (
+    ("dpg", DPGTrainer, DPGConfig, {}),
+    ("f-dpg jensen_shannon", FDPGTrainer, FDPGConfig, {"divergence": "jensen_shannon"}),
+)
 
 
 @dataclass(frozen=True)
@@ -127,20 +132,23 @@ def replaying(problem: ExactProblem) -> list[TrainerSetup]:
     ]
 
 
+def reusing(problem: ExactProblem) -> list[TrainerSetup]:
+    """Trainers that use each batch for four updates: no more are drawn, and an update costs what it did."""
+    return [TrainerSetup(f"{name}, 4 updates", *kind, {**own, **_UPDATES}) for name, *kind, own in _OFF_POLICY]
+
+
 def mixing(problem: ExactProblem) -> list[TrainerSetup]:
     """
-    Trainers a quarter of whose groups is the prior's, which the policy does not draw then, alone and with replay.
+    Trainers a quarter of whose groups is the prior's, which the policy does not draw then: alone, with replay, and
+    with four updates.
 
     The prior's are taken from 1,000 for each prompt, which are drawn besides.
     """
     mixture = {"prior_fraction": 0.25, "num_prior_samples": 1000}
     return [
-        TrainerSetup(f"{name}, a quarter from the prior{further}", trainer, config, {**own, **mixture, **replay})
-        for name, trainer, config, own in (
-            ("dpg", DPGTrainer, DPGConfig, {}),
-            ("f-dpg jensen_shannon", FDPGTrainer, FDPGConfig, {"divergence": "jensen_shannon"}),
-        )
-        for further, replay in (("", {}), (", replay 3", _REPLAY))
+        TrainerSetup(f"{name}, a quarter from the prior{further}", *kind, {**own, **mixture, **settings})
+        for name, *kind, own in _OFF_POLICY
+        for further, settings in (("", {}), (", replay 3", _REPLAY), (", 4 updates", _UPDATES))
     ]
 
 
