@@ -1,7 +1,7 @@
 """What cannot be trained: a target, divergence, model or data that do not go together, each in one sentence."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -166,7 +166,8 @@ def refuse_too_few_prompts(dataset: Any, args: PosteriorConfig) -> None:
     Raises:
         ValueError: one sentence.
     """
-    needed = (args.generation_batch_size or 0) // args.num_generations
+    group_size = cast(int, args.num_generations)
+    needed = (args.generation_batch_size or 0) // group_size
     if isinstance(dataset, Dataset) and len(dataset) < needed:
         raise ValueError(
             f"The data has {len(dataset)} prompts, and one generation takes {needed} "
@@ -174,7 +175,7 @@ def refuse_too_few_prompts(dataset: Any, args: PosteriorConfig) -> None:
             "`per_device_train_batch_size` x `gradient_accumulation_steps` x the number of processes, "
             f"`num_generations={args.num_generations}` of each), so nothing would be trained: set "
             f"`per_device_train_batch_size` such that one generation has at most "
-            f"{len(dataset) * args.num_generations} completions, or give more prompts."
+            f"{len(dataset) * group_size} completions, or give more prompts."
         )
 
 
