@@ -152,15 +152,16 @@ def refuse_too_few_prompts(dataset: Any, args: PosteriorConfig) -> None:
     Raises:
         ValueError: one sentence.
     """
-    needed = (args.generation_batch_size or 0) // args.num_generations
+    group = args.num_generations or 1
+    needed = (args.generation_batch_size or 0) // group
     if isinstance(dataset, Dataset) and len(dataset) < needed:
         raise ValueError(
             f"The data has {len(dataset)} prompts, and one generation takes {needed} "
             f"(`generation_batch_size={args.generation_batch_size}` completions, by default "
             "`per_device_train_batch_size` x `gradient_accumulation_steps` x the number of processes, "
-            f"`num_generations={args.num_generations}` of each), so nothing would be trained: set "
+            f"`num_generations={group}` of each), so nothing would be trained: set "
             f"`per_device_train_batch_size` such that one generation has at most "
-            f"{len(dataset) * args.num_generations} completions, or give more prompts."
+            f"{len(dataset) * group} completions, or give more prompts."
         )
 
 
