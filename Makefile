@@ -78,7 +78,7 @@ package: $(INSTALLED) ## build sdist and wheel, check them, and run the quicksta
 	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes env
 	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes quickstart --quick
 	test -s $(PACKAGE)/empty/runs/quickstart/report.html
-	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/python $(CURDIR)/tests/helpers/readme.py
+	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/python -P $(CURDIR)/tests/helpers/readme.py
 	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes f-dpg \
 		--config recipes/python_syntax/f_dpg.yaml --max_steps 2 --use_cpu --output_dir runs/f_dpg
 	cd $(PACKAGE)/empty && env -u PYTHONPATH HF_HUB_OFFLINE=1 ../venv/bin/trl-bayes bench papers --figures best_of_n --seeds 0

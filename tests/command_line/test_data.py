@@ -163,7 +163,7 @@ def rows_of(*prompts: Any) -> None:
         ("x.jsonl", '{"prompt": ["a", "b"]}\n', "A prompt of the data is ['a', 'b']"),
         ("x.jsonl", '{"prompt": []}\n', "A prompt of the data is []"),
         ("x.jsonl", '{"prompt": [{"content": "no role"}]}\n', "A prompt of the data is [{'content': 'no role'}]"),
-        ("x.jsonl", '{"prompt": ""}\n', "The prompt '' has no tokens"),
+        ("x.jsonl", '{"prompt": ""}\n{"prompt": ""}\n', "The prompt '' has no tokens"),
         ("x.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "A prompt of the data is 3"),
         ("x.jsonl", '{"prompt": "a", "completions": "b"}\n', "The data has a column 'completions'"),
         ("x.jsonl", '{"prompt": "a", "prompts": "b"}\n', "The data has a column 'prompts'"),
@@ -196,7 +196,7 @@ def test_a_stream_with_a_blank_cell(
 def test_messages_without_a_chat_template(refused: Callable[..., str]) -> None:
     message = "The prompts are messages, and the tokenizer has no chat template to write them by"
     assert refused({"prompt_as_message": True}).startswith(message)
-    rows_of([{"role": "user", "content": "a"}])
+    rows_of(*[[{"role": "user", "content": "a"}]] * 2)
     assert refused({}).startswith(message)
 
 

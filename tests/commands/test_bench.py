@@ -92,7 +92,7 @@ def test_two_sections_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     arguments = ["--problems", "letters", "--methods", "shannon", "--seeds", "3", "--quick", "--num_parallel", "1"]
     cli.main(["bench", "exact", "embedded", *arguments, "--output_dir", str(tmp_path / "out")])
     record = json.loads((tmp_path / "out" / "bench.json").read_text(), parse_constant=pytest.fail)
-    assert record["machine"]["torch"] == torch.__version__ and record["machine"]["processor"]
+    assert torch.__version__.startswith(record["machine"]["torch"]) and record["machine"]["processor"]
     limit, exact = record["exact"]
     assert limit["method"] == "noise-free jensen_shannon"
     assert (exact["problem"], exact["seed"], exact["samples"]) == ("letters", 3, 512)

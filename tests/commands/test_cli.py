@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.trainers import TRAINERS
 from trl_bayes import __version__, cli
@@ -73,7 +74,7 @@ def test_env_says_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["env"])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["trl_bayes"] == __version__
-    assert lines["torch"] == importlib.import_module("torch").__version__
+    assert torch.__version__.startswith(lines["torch"])  # the metadata of a CUDA build need not name its CUDA
     assert {"trl", "transformers", "accelerate", "datasets", "python", "platform", "devices", "cores"} <= lines.keys()
 
 

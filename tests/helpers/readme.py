@@ -1,7 +1,7 @@
-"""The README's trainers as an installed package runs them: `python tests/helpers/readme.py` in an empty folder.
+"""The README's trainers as an installed package runs them: `python -P tests/helpers/readme.py`, in an empty folder.
 
 `make package` does this with the wheel. The hub's model gives way to the one that is shipped, TRL's reward, which
-needs another package, to a function, and the training is short.
+needs another package, to a function, and the training is short. With `-P` the other files here are no modules.
 """
 
 import re

@@ -173,7 +173,7 @@ def refuse_too_few_prompts(dataset: Any, args: PosteriorConfig) -> None:
             f"The data has {len(dataset)} prompts, and one generation takes {needed} "
             f"(`generation_batch_size={args.generation_batch_size}` completions, by default "
             "`per_device_train_batch_size` x `gradient_accumulation_steps` x the number of processes, "
-            f"`num_generations={args.num_generations}` of each), so nothing would be trained: set "
+            f"`num_generations={group_size}` of each), so nothing would be trained: set "
             f"`per_device_train_batch_size` such that one generation has at most "
             f"{len(dataset) * group_size} completions, or give more prompts."
         )
