@@ -71,6 +71,7 @@ def methods() -> list[Method]:
         Method("DPG, a quarter from the prior", forward, "importance", prior_fraction=0.25),
         Method("Jensen-Shannon, a quarter from the prior", middle, "score_function", prior_fraction=0.25),
         Method("DPG, replay 3, a quarter from the prior", forward, "importance", 3, 0.25),
+        Method("KL-RL, 4 updates", reverse, "policy_gradient", most_updates=4),
         Method("DPG, 4 updates", forward, "importance", most_updates=4),
         Method("DPG, up to 4 updates", forward, "importance", most_updates=4, least_effective=0.5),
         Method("DPG, up to 16 updates", forward, "importance", most_updates=16, least_effective=0.5),
