@@ -134,7 +134,10 @@ def replaying(problem: ExactProblem) -> list[TrainerSetup]:
 
 def reusing(problem: ExactProblem) -> list[TrainerSetup]:
     """Trainers that use each batch for four updates: no more are drawn, and an update costs what it did."""
-    return [TrainerSetup(f"{name}, 4 updates", *kind, {**own, **_UPDATES}) for name, *kind, own in _OFF_POLICY]
+    return [
+        TrainerSetup(f"{name}, 4 updates", trainer, config, {**own, **_UPDATES})
+        for name, trainer, config, own in _OFF_POLICY
+    ]
 
 
 def mixing(problem: ExactProblem) -> list[TrainerSetup]:
@@ -146,8 +149,8 @@ def mixing(problem: ExactProblem) -> list[TrainerSetup]:
     """
     mixture = {"prior_fraction": 0.25, "num_prior_samples": 1000}
     return [
-        TrainerSetup(f"{name}, a quarter from the prior{further}", *kind, {**own, **mixture, **settings})
-        for name, *kind, own in _OFF_POLICY
+        TrainerSetup(f"{name}, a quarter from the prior{further}", trainer, config, {**own, **mixture, **settings})
+        for name, trainer, config, own in _OFF_POLICY
         for further, settings in (("", {}), (", replay 3", _REPLAY), (", 4 updates", _UPDATES))
     ]
 
