@@ -20,8 +20,9 @@ class OffPolicyConfig(PosteriorConfig):
 
     Parameters:
         replay_buffer_size (`int`, *optional*, defaults to `0`):
-            Number of past completions that each process keeps, with their recorded `log q`. 0 keeps none. Replay is
-            the strongest way to need fewer samples: see "How close to the limit" in the documentation.
+            Number of past completions that each process keeps, with their recorded `log q`. 0 keeps none. Replay
+            needs fewer samples where a policy moves in small steps, `num_iterations` more often: see "How close to the
+            limit" in the documentation.
         replay_ratio (`float`, *optional*, defaults to `1.0`):
             Replayed completions added to a generated batch, per fresh one. The micro-batches of the update grow by
             this factor, once the buffer holds enough.
