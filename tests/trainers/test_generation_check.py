@@ -147,6 +147,20 @@ def test_what_others_sample_is_not_generated_again(attribute: str, make: Make) -
     refuse_other_generation(trainer, prompts)
 
 
+def test_a_generate_of_the_models_own_that_tells_tokens_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what it is given and returns a tensor, so there is nothing to compare."""
+    trainer = make("llama")
+    generate = trainer.model.generate
+
+    def tokens(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found = generate(*args, **kwargs)
+        return found if isinstance(found, torch.Tensor) else found.sequences
+
+    monkeypatch.setattr(trainer.model, "generate", tokens)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_encoder_decoder_models_are_refused(tmp_path: Path) -> None:
     tokenizer = build_tiny_tokenizer("abcdef")
     start = tokenizer.pad_token_id

@@ -120,7 +120,8 @@ def largest_difference(
     model: PreTrainedModel, rows: Sequence[list[int]], padding: int, settings: Mapping[str, Any] | None = None
 ) -> float:
     """
-    Total variation between generation's law of a token and a plain forward pass, the largest one; NaN if there is any.
+    Total variation between generation's law of a token and a plain forward pass, the largest one; NaN if there is any, 0
+    where a model's own `generate` tells tokens alone.
 
     It takes no random numbers: generation takes what is most probable.
 
@@ -138,6 +139,8 @@ def largest_difference(
         **(settings or {}),
     )
     ids, generated = generate_padded(model, rows, config)
+    if getattr(generated, "logits", None) is None:
+        return 0.0
     laws = torch.stack(generated.logits).float().softmax(dim=2)  # (3, B, V)
     differences = []
     for i, row in enumerate(rows):
