@@ -120,8 +120,8 @@ def largest_difference(
     model: PreTrainedModel, rows: Sequence[list[int]], padding: int, settings: Mapping[str, Any] | None = None
 ) -> float:
     """
-    Total variation between generation's law of a token and a plain forward pass, the largest one; NaN if there is any, 0
-    where a model's own `generate` tells tokens alone.
+    Total variation between generation's law of a token and a plain forward pass, the largest one; NaN if there is any,
+    and 0 where a model's own `generate` tells tokens alone.
 
     It takes no random numbers: generation takes what is most probable.
 
