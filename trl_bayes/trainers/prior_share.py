@@ -73,14 +73,16 @@ class PriorShareTrainer(PosteriorTrainer):
         return chosen
 
     def _generate_single_turn(
-        self, prompt_ids: list, images: Any, multimodal_fields: dict, num_generations: int, **others: Any
+        self, prompt_ids: list, images: Any, multimodal_fields: dict, num_generations: int, *others: Any, **named: Any
     ) -> tuple[list[list[int]], list | None]:
         if self._of_prior is None:  # samples of the prior are drawn, or there is no share of it
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **others)
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *others, **named
+            )
         of_prior = self._is_of_prior(len(prompt_ids), num_generations)
         own = [ids for ids, is_of_prior in zip(prompt_ids, of_prior, strict=True) if not is_of_prior]
         number = num_generations - self._num_of_prior
-        ids, log_probs = super()._generate_single_turn(own, images, multimodal_fields, number, **others)
+        ids, log_probs = super()._generate_single_turn(own, images, multimodal_fields, number, *others, **named)
         if log_probs is not None:  # of vLLM, which has not sampled the prior's
             log_probs = merge(log_probs, [[None] * len(each) for each in self._of_prior], of_prior)
         return merge(ids, self._of_prior, of_prior), log_probs
