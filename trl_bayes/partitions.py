@@ -223,13 +223,7 @@ class FromPriorSamples(Partition):
         self.warning = _not_informed(int(others.sum()), int((log_sum == NEG_INF).sum()), phi.shape)
 
     def log_z(self, group: Group) -> LogZ:
-        log_z, number, informed = self._of(_keys(group), group.log_weights)
-        visits, by_samples = self._visits.log_z(group), bounded_fixed_log_z(log_z, number, group.log_weights)
-        return LogZ(
-            torch.where(informed.unsqueeze(1), by_samples, visits.of_completion),
-            torch.where(informed, log_z, visits.of_prompt),
-            informed | visits.is_informed,
-        )
+        return self._instead_of(self._visits.log_z(group), _keys(group), group.log_weights)
 
     def update(self, group: Group) -> None:
         others = ~self._of(_keys(group), group.log_weights)[2]
@@ -237,11 +231,16 @@ class FromPriorSamples(Partition):
             self._visits.update(Group(*(each[others] for each in group if each is not None)))
 
     def of_reused(self, keys: torch.Tensor, log_weights: torch.Tensor) -> LogZ:
-        log_z, number, informed = self._of(keys, log_weights)
-        by_samples = bounded_fixed_log_z(log_z, number, log_weights.unsqueeze(1)).squeeze(1)
         visits = self._visits.of_reused(keys, log_weights)
+        as_groups = visits._replace(of_completion=visits.of_completion.unsqueeze(1))  # of one completion each
+        found = self._instead_of(as_groups, keys, log_weights.unsqueeze(1))
+        return found._replace(of_completion=found.of_completion.squeeze(1))
+
+    def _instead_of(self, visits: LogZ, keys: torch.Tensor, weights: torch.Tensor) -> LogZ:
+        """What samples of the prior say of completions with weights `(P, G)`; where they tell nothing, what visits say."""
+        log_z, number, informed = self._of(keys, weights)
         return LogZ(
-            torch.where(informed, by_samples, visits.of_completion),
+            torch.where(informed.unsqueeze(1), bounded_fixed_log_z(log_z, number, weights), visits.of_completion),
             torch.where(informed, log_z, visits.of_prompt),
             informed | visits.is_informed,
         )

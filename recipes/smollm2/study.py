@@ -62,7 +62,7 @@ def measure(name: str, policies: dict[str, Path], split: str, args: argparse.Nam
         return
     data = HERE / args.task / f"{split}.jsonl"
     command = [*PROGRAMS["trl-bayes"], "evaluate", "--config", task["reference"], "--dataset_name", str(data)]
-    command += ["--policies", *(f"{name}={path}" for name, path in policies.items())]
+    command += ["--policies", *(f"{run}={path}" for run, path in policies.items())]
     command += ["--num_samples", str(args.num_samples), "--num_reference_samples", str(args.num_reference_samples)]
     command += ["--prior_samples_dir", str(runs / f"prior_{split}"), "--save_samples", "--overwrite"]
     command += ["--pass_at", "1", "--output_dir", str(folder)]

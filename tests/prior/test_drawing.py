@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tests.helpers.enumerated import log_probs_of
 from trl_bayes.benchmarks.tiny import letter_count_task
 from trl_bayes.language_models.completions import Completions
 from trl_bayes.language_models.samples import sample, score
@@ -42,11 +43,7 @@ class Loaded(NamedTuple):
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     path = TASK.build_model(tmp_path_factory.mktemp("prior"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    ids, mask = TASK.completions(tokenizer)
-    completions = [tuple(row[own].tolist()) for row, own in zip(ids, mask, strict=True)]
-    table = TASK.log_probs(model, tokenizer).tolist()
-    pairs = zip(TASK.prompts, table, strict=True)
-    return Loaded(path, model, tokenizer, {p: dict(zip(completions, row, strict=True)) for p, row in pairs})
+    return Loaded(path, model, tokenizer, log_probs_of(TASK, model, tokenizer))
 
 
 class Prior(NamedTuple):

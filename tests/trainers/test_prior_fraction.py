@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.enumerated import EnumeratedPrior, kept
 from tests.helpers.outcomes import LOG_POLICY, LOG_PRIOR, NUM_OUTCOMES, SOFT
 from tests.helpers.trainers import QUIET, TRAINERS
 from tests.helpers.training import assert_same_weights, parameters, watch_batches
@@ -48,29 +48,13 @@ DEFAULTS: dict[str, Any] = {
 Make = Callable[..., Any]
 
 
-class Prior(NamedTuple):
-    path: str
-    tokenizer: PreTrainedTokenizerBase
-
-    def log_probs(self, model: Any) -> dict[tuple[str, tuple[int, ...]], float]:
-        """Of every completion of every prompt, by a plain forward pass."""
-        found = TASK.log_probs(model, self.tokenizer)
-        ids, mask = TASK.completions(self.tokenizer)
-        completions = [tuple(row[own].tolist()) for row, own in zip(ids, mask, strict=True)]
-        return {
-            (prompt, completion): value
-            for prompt, row in zip(TASK.prompts, found.tolist(), strict=True)
-            for completion, value in zip(completions, row, strict=True)
-        }
-
-
 @pytest.fixture(scope="module")
-def prior(letters_prior: str) -> Prior:
-    return Prior(letters_prior, AutoTokenizer.from_pretrained(letters_prior))
+def prior(letters_prior: str) -> EnumeratedPrior:
+    return EnumeratedPrior(TASK, letters_prior, AutoTokenizer.from_pretrained(letters_prior))
 
 
 @pytest.fixture
-def make(prior: Prior, tmp_path: Path) -> Make:
+def make(prior: EnumeratedPrior, tmp_path: Path) -> Make:
     def make_trainer(kind: str = "dpg", config: dict[str, Any] | None = None, **arguments: Any) -> Any:
         row = TRAINERS[kind]
         args = row.config(**{"output_dir": str(tmp_path / "out"), **DEFAULTS, **(config or {})})
@@ -107,12 +91,6 @@ def record(trainer: Any) -> list[Seen]:
     return seen
 
 
-def kept(folder: Path) -> set[tuple[int, ...]]:
-    """The samples on disk."""
-    files = sorted(folder.rglob("samples-*.parquet"))
-    return {tuple(row["completion_ids"]) for file in files for row in pq.read_table(file).to_pylist()}
-
-
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -124,7 +102,7 @@ def kept(folder: Path) -> set[tuple[int, ...]]:
     ids=str,
 )
 def test_completions_and_their_density(
-    kind: str, config: dict[str, Any], make: Make, prior: Prior, tmp_path: Path
+    kind: str, config: dict[str, Any], make: Make, prior: EnumeratedPrior, tmp_path: Path
 ) -> None:
     trainer = make(kind, config)
     seen = record(trainer)
@@ -285,7 +263,7 @@ def test_trainers_that_have_no_use_for_it(tmp_path: Path) -> None:
         KLRLConfig(output_dir=str(tmp_path), **DEFAULTS)
 
 
-def test_a_prior_that_cannot_be_sampled(make: Make, prior: Prior) -> None:
+def test_a_prior_that_cannot_be_sampled(make: Make, prior: EnumeratedPrior) -> None:
     def rollout(prompts: list, trainer: Any) -> dict[str, Any]:
         raise AssertionError
 

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tests.helpers.enumerated import log_probs_of
 from tests.helpers.trainers import QUIET, TRAINERS
 from tests.helpers.training import from_trl, lora, step_logs
 from tests.helpers.vllm import GroupingServer
@@ -66,11 +67,7 @@ class Prior(NamedTuple):
 def prior(tmp_path_factory: pytest.TempPathFactory) -> Prior:
     path = TASK.build_model(tmp_path_factory.mktemp("prior"))
     tokenizer = AutoTokenizer.from_pretrained(path)
-    log_probs = TASK.log_probs(AutoModelForCausalLM.from_pretrained(path), tokenizer)
-    ids, mask = TASK.completions(tokenizer)
-    completions = [tuple(row[own].tolist()) for row, own in zip(ids, mask, strict=True)]
-    table = [dict(zip(completions, row.tolist(), strict=True)) for row in log_probs]
-    return Prior(path, tokenizer, dict(zip(TASK.prompts, table, strict=True)))
+    return Prior(path, tokenizer, log_probs_of(TASK, AutoModelForCausalLM.from_pretrained(path), tokenizer))
 
 
 def count_a(completions: list[str], **kwargs: Any) -> list[float]:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.enumerated import EnumeratedPrior, kept
 from tests.helpers.trainers import QUIET
 from tests.helpers.training import assert_same_weights, length_reward, lora, parameters, step_logs
 from tests.helpers.vllm import GroupingServer
@@ -42,34 +42,13 @@ DEFAULTS: dict[str, Any] = {
 EOS = 6
 
 
-class Prior(NamedTuple):
-    path: str
-    tokenizer: PreTrainedTokenizerBase
-
-    def log_probs(self, model: Any, temperature: float = 1.0) -> dict[tuple[str, tuple[int, ...]], float]:
-        """Of every completion of every prompt, by a plain forward pass."""
-        found = TASK.log_probs(model, self.tokenizer, temperature)
-        ids, mask = TASK.completions(self.tokenizer)
-        completions = [tuple(row[own].tolist()) for row, own in zip(ids, mask, strict=True)]
-        return {
-            (prompt, completion): value
-            for prompt, row in zip(TASK.prompts, found.tolist(), strict=True)
-            for completion, value in zip(completions, row, strict=True)
-        }
-
-    def kept(self, folder: Path) -> set[tuple[int, ...]]:
-        """The samples on disk."""
-        files = sorted(folder.rglob("samples-*.parquet"))
-        return {tuple(row["completion_ids"]) for file in files for row in pq.read_table(file).to_pylist()}
-
-
 @pytest.fixture(scope="module")
-def prior(letters_prior: str) -> Prior:
-    return Prior(letters_prior, AutoTokenizer.from_pretrained(letters_prior))
+def prior(letters_prior: str) -> EnumeratedPrior:
+    return EnumeratedPrior(TASK, letters_prior, AutoTokenizer.from_pretrained(letters_prior))
 
 
 class Make:
-    def __init__(self, prior: Prior, folder: Path):
+    def __init__(self, prior: EnumeratedPrior, folder: Path):
         self.prior, self.folder = prior, folder
 
     def __call__(self, config: dict[str, Any] | None = None, **arguments: Any) -> XPOTrainer:
@@ -79,7 +58,7 @@ class Make:
 
 
 @pytest.fixture
-def make(prior: Prior, tmp_path: Path) -> Make:
+def make(prior: EnumeratedPrior, tmp_path: Path) -> Make:
     return Make(prior, tmp_path)
 
 
@@ -145,28 +124,30 @@ def score(completion: tuple[int, ...], tokenizer: Any) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_pairs_are_scored_as_they_are_sampled(temperature: float, make: Make, prior: Prior, tmp_path: Path) -> None:
+def test_pairs_are_scored_as_they_are_sampled(
+    temperature: float, make: Make, prior: EnumeratedPrior, tmp_path: Path
+) -> None:
     """TRL 1.13 sampled at temperature 0.9 and scored at 1. Half is the policy's, half is kept of the prior."""
     trainer = make({"temperature": temperature, "learning_rate": 3e-2, "max_steps": 3})
     seen = record(trainer)
     trainer.train()
     base = prior.log_probs(AutoModelForCausalLM.from_pretrained(prior.path), temperature)
-    kept = prior.kept(tmp_path / "out" / "prior_samples")
+    of_prior = kept(tmp_path / "out" / "prior_samples")
     assert len(seen) == 3
     for batch, _ in seen:
         pairs = list(pairs_of(batch, prior.tokenizer))
         assert len(pairs) == 8
         for pair in pairs:
-            assert pair.of_prior in kept
+            assert pair.of_prior in of_prior
             expected = [base[pair.prompt, pair.own], base[pair.prompt, pair.of_prior]]
             assert pair.log_prior == pytest.approx(expected, abs=1e-4)
             difference = score(pair.own, prior.tokenizer) - score(pair.of_prior, prior.tokenizer)
             assert pair.preference == pytest.approx(1 / (1 + math.exp(-difference)), abs=1e-5)
     # and the policy's are its own: after the first update they are not the kept ones any more
-    assert {pair.own for pair in pairs_of(seen[-1].batch, prior.tokenizer)} - kept
+    assert {pair.own for pair in pairs_of(seen[-1].batch, prior.tokenizer)} - of_prior
 
 
-def test_the_loss_is_the_formula_of_plain_forward_passes(make: Make, prior: Prior) -> None:
+def test_the_loss_is_the_formula_of_plain_forward_passes(make: Make, prior: EnumeratedPrior) -> None:
     """TRL 1.13's `logps` added the policy's and the reference's; here `logps/chosen` is the policy's alone."""
     temperature, alpha = 0.8, 0.3
     trainer = make({"temperature": temperature, "alpha": alpha, "replay_buffer_size": 0, "max_steps": 2})
@@ -209,23 +190,25 @@ def test_the_loss_is_the_formula_of_plain_forward_passes(make: Make, prior: Prio
     assert log["alpha"] == alpha and log["beta"] == BETA
 
 
-def test_the_prior_s_completions_are_the_prior_s_under_an_adapter(make: Make, prior: Prior, tmp_path: Path) -> None:
+def test_the_prior_s_completions_are_the_prior_s_under_an_adapter(
+    make: Make, prior: EnumeratedPrior, tmp_path: Path
+) -> None:
     """TRL 1.13 sampled its reference with the adapter that it trains."""
     config = {"learning_rate": 1.0, "max_steps": 6, "num_prior_samples": 60, "replay_buffer_size": 0}
     trainer = make(config, peft_config=lora(target_modules="all-linear"))
     seen = record(trainer)
     trainer.train()
     base = prior.log_probs(AutoModelForCausalLM.from_pretrained(prior.path))
-    kept = prior.kept(tmp_path / "out" / "prior_samples")
+    of_prior = kept(tmp_path / "out" / "prior_samples")
     assert step_logs(trainer)[-1]["objective/kl"] > 1  # the adapter has moved far away
     for batch, _ in seen:
         for pair in pairs_of(batch, prior.tokenizer):
-            assert pair.of_prior in kept
+            assert pair.of_prior in of_prior
             assert pair.log_prior[1] == pytest.approx(base[pair.prompt, pair.of_prior], abs=1e-4)
 
 
 def test_vllm_samples_the_policy_s_half_and_the_limit_holds(
-    make: Make, prior: Prior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, prior: EnumeratedPrior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TRL 1.13 ignored `use_vllm` and `max_length`. The second is no field here, so that it cannot be ignored."""
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", GroupingServer)
@@ -234,15 +217,15 @@ def test_vllm_samples_the_policy_s_half_and_the_limit_holds(
     trainer.train()
     # 24 samples of the prior in chunks of 16, one for each row; then the policy's half of each group
     assert trainer.vllm_generation.asked == [(16, 1), (8, 1), (8, 2), (8, 2)]
-    kept = prior.kept(tmp_path / "out" / "prior_samples")
+    of_prior = kept(tmp_path / "out" / "prior_samples")
     for batch, _ in seen:
         for pair in pairs_of(batch, prior.tokenizer):
-            assert pair.of_prior in kept and max(len(pair.own), len(pair.of_prior)) <= 3
+            assert pair.of_prior in of_prior and max(len(pair.own), len(pair.of_prior)) <= 3
     with pytest.raises(TypeError, match="max_length"):
         XPOConfig(output_dir=str(tmp_path), max_length=512)
 
 
-def test_missing_eos_is_missing_in_the_completion(make: Make, prior: Prior) -> None:
+def test_missing_eos_is_missing_in_the_completion(make: Make, prior: EnumeratedPrior) -> None:
     """TRL 1.13 looked for it in the prompt as well, where padding and turns end with it."""
     data = Dataset.from_dict({"prompt": ["a <eos> b"] * 16})
     trainer = make({"missing_eos_penalty": 2.0, "max_steps": 1}, train_dataset=data, reward_funcs=length_reward)
@@ -419,7 +402,7 @@ def test_where_the_larger_reward_wins_for_certain_it_does_not() -> None:
 # --- judges ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_judge_takes_the_place_of_rewards(make: Make, prior: Prior) -> None:
+def test_a_judge_takes_the_place_of_rewards(make: Make, prior: EnumeratedPrior) -> None:
     def judge(prompts: list[str], pairs: list[list[str]], wanted: list[str], **columns: Any) -> list[float]:
         assert not columns and all(prompt in TASK.prompts for prompt in prompts)
         values = [[text.split().count(letter) for text in pair] for pair, letter in zip(pairs, wanted, strict=True)]
@@ -438,7 +421,7 @@ def test_a_judge_takes_the_place_of_rewards(make: Make, prior: Prior) -> None:
     assert logs[-1]["rewards/accuracies"] > 0.6 and logs[-1]["objective/kl"] > 0.05
 
 
-def test_with_a_judge_rewards_are_logged_only(make: Make, prior: Prior) -> None:
+def test_with_a_judge_rewards_are_logged_only(make: Make, prior: EnumeratedPrior) -> None:
     trainer = make({"max_steps": 1}, judge=lambda prompts, pairs: [0.5] * len(pairs))
     trainer.train()
     log = step_logs(trainer)[0]
@@ -518,6 +501,6 @@ def test_a_penalty_has_nothing_to_be_subtracted_from(make: Make) -> None:
         make({"missing_eos_penalty": 1.0}, model="no-such-model", judge=lambda prompts, pairs: [0.5] * len(pairs))
 
 
-def test_a_prior_of_its_own_cannot_be_sampled(make: Make, prior: Prior) -> None:
+def test_a_prior_of_its_own_cannot_be_sampled(make: Make, prior: EnumeratedPrior) -> None:
     with pytest.raises(ValueError, match="needs samples of the prior.*leave `prior_model_name_or_path` unset"):
         make({"prior_model_name_or_path": prior.path}, model="no-such-model")
