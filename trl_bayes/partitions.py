@@ -237,7 +237,7 @@ class FromPriorSamples(Partition):
         return found._replace(of_completion=found.of_completion.squeeze(1))
 
     def _instead_of(self, visits: LogZ, keys: torch.Tensor, weights: torch.Tensor) -> LogZ:
-        """What samples of the prior say of completions with weights `(P, G)`; where they tell nothing, what visits say."""
+        """What samples of the prior say, or else the visits; of completions with these weights `(P, G)`."""
         log_z, number, informed = self._of(keys, weights)
         return LogZ(
             torch.where(informed.unsqueeze(1), bounded_fixed_log_z(log_z, number, weights), visits.of_completion),
