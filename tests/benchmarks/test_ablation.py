@@ -1,6 +1,7 @@
 """The ablation: its policies and estimators against sums over all completions, and one small run of the section."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ def test_the_law_is_the_sum_over_tokens() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [  # more updates begin with one
+    [  # more updates begin with one, and smaller batches and another beta2 have the same estimator
         name
         for name, method in METHODS.items()
-        if not name.startswith("DPG, self") and "3, self" not in name and method.most_updates == 1
+        if not name.startswith("DPG, self")
+        and "3, self" not in name
+        and (method.most_updates, method.parts, method.adam_beta2) == (1, 1, 0.999)
     ],
 )
 def test_the_mean_gradient_is_the_exact_one(name: str) -> None:
@@ -61,7 +64,7 @@ def test_the_mean_gradient_is_the_exact_one(name: str) -> None:
     policies, alone = moved(ablation), moved(Ablation(PROBLEM, 1, BUDGET))
     exact_loss_of(ablation, method, alone()).backward()
     exact = torch.cat([weight.grad.flatten() for weight in alone.parameters() if weight.grad is not None])
-    sampled = Sampled(ablation, method, seed=0)
+    sampled = Sampled(ablation, method, 0, BUDGET)
     for _ in range(1 + 2 * method.replay_ratio):  # until it replays
         policies.zero_grad()
         sampled.loss(policies()).backward()
@@ -75,7 +78,7 @@ def test_a_batch_is_used_again_while_it_is_effective() -> None:
     """Its weights are those of the policy as it is by then; at once they are all one."""
     method = Method("DPG, twice", "forward_kl", "importance", most_updates=2)
     ablation = Ablation(PROBLEM, 2, BUDGET)
-    sampled, policies = Sampled(ablation, method, seed=0), ablation.policies()
+    sampled, policies = Sampled(ablation, method, 0, BUDGET), ablation.policies()
     first = sampled.loss(policies())
     assert sampled.loss(policies(), again=True).item() == pytest.approx(first.item(), rel=1e-6)
     assert sampled.effective_share(policies()) == pytest.approx(1.0)
@@ -87,6 +90,24 @@ def test_a_batch_is_used_again_while_it_is_effective() -> None:
     assert 0.1 < sampled.effective_share(other) < 0.98
     before = ablation.train(Method("DPG", "forward_kl", "importance")).forward_kl
     assert ablation.train(method).forward_kl != before
+
+
+@pytest.mark.parametrize(
+    ("parts", "num_prompts", "expected"), [(1, 2, (40, 4, 8)), (2, 2, (80, 2, 8)), (4, 2, (160, 2, 4))]
+)
+def test_smaller_batches_have_a_group_for_every_prompt(
+    parts: int, num_prompts: int, expected: tuple[int, int, int]
+) -> None:
+    """As many completions as before, in more steps."""
+    budget = BUDGET.in_parts(parts, num_prompts)
+    assert (budget.steps, budget.groups, budget.group_size) == expected
+    assert budget.completions == BUDGET.completions
+
+
+@pytest.mark.parametrize("other", [{"parts": 2}, {"adam_beta2": 0.95}])
+def test_parts_and_beta2_train_otherwise(other: dict[str, Any]) -> None:
+    ablation, method = Ablation(PROBLEM, 1, BUDGET), METHODS["DPG"]
+    assert ablation.train(replace(method, **other)).forward_kl != ablation.train(method).forward_kl
 
 
 def test_the_share_of_a_group_does_not_see_it() -> None:

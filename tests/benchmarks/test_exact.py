@@ -71,6 +71,10 @@ def test_jobs_are_problems_by_trainers_by_seeds() -> None:
     assert len(replay) == (3 + 3) + 2  # on letters each trainer has a divergence of its own, and a limit
     often = jobs(ExactArguments(problems=["letters"], methods=["updates"], seeds=[0], samples=102_400))
     assert [job.keywords["max_steps"] for job in often] == [400, 400, 1600, 1600]  # type: ignore[attr-defined]
+    small = jobs(ExactArguments(problems=["letters"], methods=["batches"], seeds=[0], samples=102_400))
+    assert [job.keywords["max_steps"] for job in small] == [400] * 3 + [1600] * 4  # type: ignore[attr-defined]
+    setups = [job.args[1] for job in small[3:]]  # type: ignore[attr-defined]
+    assert {setup.settings["per_device_train_batch_size"] for setup in setups} == {64}
     mixed = jobs(ExactArguments(problems=["letters"], methods=["prior"], seeds=[0]))
     assert len(mixed) == 2 + 2 * 3
     large = jobs(ExactArguments(problems=["hard-20k"], methods=["replay"], seeds=[0], largest_limit=20_000))

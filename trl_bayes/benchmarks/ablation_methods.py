@@ -23,6 +23,8 @@ class Method:
         exact_half (`int`, *optional*): 1 or 2, the half of the steps in which the gradient is exact.
         most_updates (`int`): with a batch.
         least_effective (`float`): share of the batch that counts under the policy, for another update with it.
+        parts (`int`): of a step's completions, each drawn after the update with the one before.
+        adam_beta2 (`float`): Adam's, as TRL's default if not given.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Method:
     exact_half: int | None = None
     most_updates: int = 1
     least_effective: float = 0.0
+    parts: int = 1
+    adam_beta2: float = 0.999
 
     def is_exact(self, share: float) -> bool:
         """Whether the step has no noise after which this share of the steps is done."""
@@ -77,6 +81,13 @@ def methods() -> list[Method]:
         Method("DPG, up to 16 updates", forward, "importance", most_updates=16, least_effective=0.5),
         Method("DPG, a quarter from the prior, 4 updates", forward, "importance", 0, 0.25, most_updates=4),
         Method("Jensen-Shannon, up to 4 updates", middle, "score_function", most_updates=4, least_effective=0.5),
+        Method("KL-RL, quarter batches", reverse, "policy_gradient", parts=4),
+        Method("DPG, quarter batches", forward, "importance", parts=4),
+        Method("Jensen-Shannon, quarter batches", middle, "score_function", parts=4),
+        Method("DPG, a quarter from the prior, quarter batches", forward, "importance", 0, 0.25, parts=4),
+        Method("KL-RL, Adam's beta2 .95", reverse, "policy_gradient", adam_beta2=0.95),
+        Method("DPG, Adam's beta2 .95", forward, "importance", adam_beta2=0.95),
+        Method("Jensen-Shannon, Adam's beta2 .95", middle, "score_function", adam_beta2=0.95),
         Method("DPG, self-normalized Z", forward, "importance", self_normalized=True),
         Method("DPG, replay 3, self-normalized Z", forward, "importance", 3, self_normalized=True),
         Method("KL-RL, share of Rao-Blackwellized", reverse, "adaptive"),

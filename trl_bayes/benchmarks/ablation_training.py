@@ -33,6 +33,13 @@ class Budget(NamedTuple):
         """Fresh ones of a whole training."""
         return self.steps * self.groups * self.group_size
 
+    def in_parts(self, parts: int, num_prompts: int) -> "Budget":
+        """As many completions in so many more steps: of fewer groups, or smaller ones where each prompt has one."""
+        groups = max(self.groups // parts, num_prompts)
+        return self._replace(
+            steps=self.steps * parts, groups=groups, group_size=self.groups * self.group_size // (parts * groups)
+        )
+
 
 class Outcome(NamedTuple):
     """`KL(p||pi)` in nats of every seed, the mean over prompts; and with the mean of the last quarter's weights."""
@@ -75,9 +82,9 @@ class Ablation:
 
     def train(self, method: Method, seed: int = 0) -> Outcome:
         """Adam with a learning rate that falls to 0, and clipping as the trainers' default, for each seed."""
-        policies, budget = self.policies(), self.budget
-        optimizer = torch.optim.Adam(policies.parameters(), lr=budget.learning_rate)
-        sampled = Sampled(self, method, seed)
+        policies, budget = self.policies(), self.budget.in_parts(method.parts, self.num_prompts)
+        optimizer = torch.optim.Adam(policies.parameters(), lr=budget.learning_rate, betas=(0.9, method.adam_beta2))
+        sampled = Sampled(self, method, seed, budget)
         mean: list[Tensor] = [torch.zeros_like(weight) for weight in policies.parameters()]
         last = budget.steps // 4
         for step in range(budget.steps):
@@ -124,11 +131,11 @@ def _clip(weights: Sequence[Tensor], largest: float) -> None:
 class Sampled:
     """The loss of a method from completions that are drawn at every step, of all seeds; with what it remembers."""
 
-    def __init__(self, ablation: Ablation, method: Method, seed: int):
-        self.ablation, self.method, self.estimator = ablation, method, method.estimator
+    def __init__(self, ablation: Ablation, method: Method, seed: int, budget: Budget):
+        self.ablation, self.method, self.estimator, self.budget = ablation, method, method.estimator, budget
         self.generator = torch.Generator().manual_seed(seed)
         self.batch: dict[str, Any] = {}  # the latest
-        self.partition, self.buffer = Running(), Buffer(ablation.seeds, ablation.budget.buffer_size, self.generator)
+        self.partition, self.buffer = Running(), Buffer(ablation.seeds, budget.buffer_size, self.generator)
 
     def loss(self, next_token: Tensor, again: bool = False) -> Tensor:
         """
@@ -140,7 +147,7 @@ class Sampled:
         ablation, (seeds, num_prompts) = self.ablation, next_token.shape[:2]
         with torch.no_grad():
             law = ablation.prefixes.log_law(next_token.detach()).flatten(0, 1)  # (E * P, N)
-        row = torch.arange(len(law)).repeat_interleave(ablation.budget.groups // num_prompts)  # (R,) of the law
+        row = torch.arange(len(law)).repeat_interleave(self.budget.groups // num_prompts)  # (R,) of the law
         drawn = self._draw(law, ablation.log_prior.repeat(seeds, 1))  # (R, G)
         chosen = law[row.unsqueeze(1), drawn]
         prior = ablation.log_prior[(row % num_prompts).unsqueeze(1), drawn].to(chosen)
@@ -173,11 +180,11 @@ class Sampled:
 
     @property
     def _num_of_prior(self) -> int:
-        return round(self.method.prior_fraction * self.ablation.budget.group_size)
+        return round(self.method.prior_fraction * self.budget.group_size)
 
     def _draw(self, law: Tensor, prior: Tensor) -> Tensor:
         """Numbers of completions, `(R, G)`: of each group a share of the prior's, and the policy's."""
-        size, times = self.ablation.budget.group_size, self.ablation.budget.groups // self.ablation.num_prompts
+        size, times = self.budget.group_size, self.budget.groups // self.ablation.num_prompts
         of_prior = self._num_of_prior
         parts = [
             torch.multinomial(log_law.exp(), number * times, replacement=True, generator=self.generator)

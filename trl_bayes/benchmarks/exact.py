@@ -10,7 +10,18 @@ from typing import Any
 from rich.progress import Progress
 
 from .enumeration import PolicyFit
-from .exact_training import ExactProblem, ExactRun, mixing, preferring, problems, replaying, reusing, train, trainers
+from .exact_training import (
+    ExactProblem,
+    ExactRun,
+    mixing,
+    preferring,
+    problems,
+    replaying,
+    reusing,
+    smaller,
+    train,
+    trainers,
+)
 from .figure import TrainingCurves
 from .jobs import in_order
 from .learning_curve import log_spaced
@@ -36,8 +47,8 @@ class ExactArguments(TrainingsArguments):
             computed. The hard tasks have 19,608, and a step on all of them takes seconds.
 
     `methods` also names trainers that replay (`--methods replay`), that use a batch four times (`--methods updates`),
-    that take a share of each group from the prior (`--methods prior`) and XPO (`--methods XPO`); without it they are
-    left out.
+    that have a quarter of the batch (`--methods batches`), that take a share of each group from the prior (`--methods
+    prior`) and XPO (`--methods XPO`); without it they are left out.
     """
 
     problems: list[str] = field(
@@ -77,7 +88,7 @@ def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
         if problem.task.num_completions <= args.largest_limit:
             found += [partial(train_without_noise, problem, divergence, **settings) for divergence in divergences]
         for setup in setups:
-            updates = steps * setup.settings.get("num_iterations", 1)
+            updates = problem.updates(steps, setup)
             own = {**settings, "evaluate_at": log_spaced(updates), "max_steps": updates}
             found += [partial(train, problem, setup, seed=seed, **own) for seed in args.seeds]
     return found
@@ -85,26 +96,35 @@ def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
 
 def _asked_for(problem: ExactProblem, parts: Sequence[str]) -> list[TrainerSetup]:
     """
-    Trainers by parts of their names, all if there are none; XPO and those that replay, update often or take a share of
-    the prior only where a part says so.
+    Trainers by parts of their names, all if there are none; XPO and those that replay, update often, have small
+    batches or take a share of the prior only where a part says so.
     """
     if not parts:
         return trainers(problem)
     prior = [part for part in parts if "prior" in part]
     replay = [part for part in parts if "replay" in part and part not in prior]
     updates = [part for part in parts if "updates" in part and part not in prior]
-    others = [part for part in parts if part not in (*prior, *replay, *updates)]
+    batches = [part for part in parts if "batches" in part and part not in prior]
+    others = [part for part in parts if part not in (*prior, *replay, *updates, *batches)]
     found = (
         (others, [*trainers(problem), *preferring(problem)]),
         (replay, replaying(problem)),
         (updates, reusing(problem)),
+        (batches, smaller(problem)),
         (prior, mixing(problem)),
     )
     return [setup for asked, setups in found if asked for setup in chosen(setups, asked)]
 
 
 def _every(problem: ExactProblem) -> list[TrainerSetup]:
-    return [*trainers(problem), *replaying(problem), *reusing(problem), *mixing(problem), *preferring(problem)]
+    return [
+        *trainers(problem),
+        *replaying(problem),
+        *reusing(problem),
+        *smaller(problem),
+        *mixing(problem),
+        *preferring(problem),
+    ]
 
 
 def to_markdown(runs: Sequence[ExactRun], how: str) -> str:

@@ -38,6 +38,7 @@ _OFF_POLICY: tuple[tuple[str, Any, Any, dict[str, Any]], ...] = (
     ("dpg", DPGTrainer, DPGConfig, {}),
     ("f-dpg jensen_shannon", FDPGTrainer, FDPGConfig, {"divergence": "jensen_shannon"}),
 )
+_OUR_MAIN = ("TRL RLOOTrainer", "KLRLTrainer", "DPGTrainer", "FDPGTrainer jensen_shannon")
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,19 @@ class ExactProblem:
         """The posterior of this problem."""
         return Constraint() if self.beta is None else Tilt(self.beta)
 
+    @property
+    def batch_size(self) -> int:
+        """Completions of a step."""
+        return int({**_BUDGET, **self.settings}["per_device_train_batch_size"])
+
     def steps(self, samples: int) -> int:
         """Steps in which a training draws so many completions: at least one, at most the problem's own number."""
-        budget = {**_BUDGET, **self.settings}
-        return min(budget["max_steps"], max(1, samples // budget["per_device_train_batch_size"]))
+        return min({**_BUDGET, **self.settings}["max_steps"], max(1, samples // self.batch_size))
+
+    def updates(self, steps: int, setup: TrainerSetup) -> int:
+        """Updates in which a trainer, with its own batches, draws what the others draw in so many steps."""
+        batch_size = setup.settings.get("per_device_train_batch_size", self.batch_size)
+        return steps * (self.batch_size // batch_size) * int(setup.settings.get("num_iterations", 1))
 
     def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
         """`phi` of all completions, `(N,)`."""
@@ -137,6 +147,16 @@ def reusing(problem: ExactProblem) -> list[TrainerSetup]:
     return [
         TrainerSetup(f"{name}, 4 updates", trainer, config, {**own, **_UPDATES})
         for name, trainer, config, own in _OFF_POLICY
+    ]
+
+
+def smaller(problem: ExactProblem) -> list[TrainerSetup]:
+    """Trainers with a quarter of the batch and four times as many updates: no more are drawn, and none used again."""
+    quarter = {"per_device_train_batch_size": problem.batch_size // 4}
+    setups = [setup for setup in trainers(problem) if setup.name in _OUR_MAIN]
+    return [
+        TrainerSetup(f"{setup.name}, quarter batches", setup.trainer, setup.config, {**setup.settings, **quarter})
+        for setup in setups
     ]
 
 
