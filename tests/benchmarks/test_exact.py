@@ -72,9 +72,14 @@ def test_jobs_are_problems_by_trainers_by_seeds() -> None:
     often = jobs(ExactArguments(problems=["letters"], methods=["updates"], seeds=[0], samples=102_400))
     assert [job.keywords["max_steps"] for job in often] == [400, 400, 1600, 1600]  # type: ignore[attr-defined]
     small = jobs(ExactArguments(problems=["letters"], methods=["batches"], seeds=[0], samples=102_400))
-    assert [job.keywords["max_steps"] for job in small] == [400] * 3 + [1600] * 4  # type: ignore[attr-defined]
+    assert [job.keywords["max_steps"] for job in small] == [400] * 3 + [1600] * 8  # type: ignore[attr-defined]
     setups = [job.args[1] for job in small[3:]]  # type: ignore[attr-defined]
     assert {setup.settings["per_device_train_batch_size"] for setup in setups} == {64}
+    named = jobs(ExactArguments(problems=["letters"], methods=["KLRLTrainer, quarter"], seeds=[0]))
+    assert [job.args[1].name for job in named[1:]] == [  # type: ignore[attr-defined]
+        "KLRLTrainer, quarter batches",
+        "KLRLTrainer, quarter batches, four at once",
+    ]
     mixed = jobs(ExactArguments(problems=["letters"], methods=["prior"], seeds=[0]))
     assert len(mixed) == 2 + 2 * 3
     large = jobs(ExactArguments(problems=["hard-20k"], methods=["replay"], seeds=[0], largest_limit=20_000))

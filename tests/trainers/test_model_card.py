@@ -67,6 +67,7 @@ def test_saved_model_has_it(pure_rl: bool, tiny_models: Any, tmp_path: Path) -> 
     assert ("pure RL" if pure_rl else "`Tilt(beta=0.5)`") in card
     assert f"`{trainer.estimator.divergence.name}`" in card
     assert "At step 1" in card
+    assert f"a fine-tuned version of `{Path(trainer.model.config._name_or_path).name}`" in card
     assert trainer._paper["title"] in card and "@software{vonwerra2020trl" in card
 
 

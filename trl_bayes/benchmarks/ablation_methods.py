@@ -85,6 +85,8 @@ def methods() -> list[Method]:
         Method("DPG, quarter batches", forward, "importance", parts=4),
         Method("Jensen-Shannon, quarter batches", middle, "score_function", parts=4),
         Method("DPG, a quarter from the prior, quarter batches", forward, "importance", 0, 0.25, parts=4),
+        Method("KL-RL, eighth batches", reverse, "policy_gradient", parts=8),
+        Method("DPG, eighth batches", forward, "importance", parts=8),
         Method("KL-RL, Adam's beta2 .95", reverse, "policy_gradient", adam_beta2=0.95),
         Method("DPG, Adam's beta2 .95", forward, "importance", adam_beta2=0.95),
         Method("Jensen-Shannon, Adam's beta2 .95", middle, "score_function", adam_beta2=0.95),

@@ -96,35 +96,28 @@ def jobs(args: ExactArguments) -> list[Callable[[], ExactRun]]:
 
 def _asked_for(problem: ExactProblem, parts: Sequence[str]) -> list[TrainerSetup]:
     """
-    Trainers by parts of their names, all if there are none; XPO and those that replay, update often, have small
-    batches or take a share of the prior only where a part says so.
+    Trainers by parts of their names, all that are not special if there are none: each part takes those of the first
+    family that has any, so that `DPGTrainer` is not also the one with small batches.
     """
     if not parts:
         return trainers(problem)
-    prior = [part for part in parts if "prior" in part]
-    replay = [part for part in parts if "replay" in part and part not in prior]
-    updates = [part for part in parts if "updates" in part and part not in prior]
-    batches = [part for part in parts if "batches" in part and part not in prior]
-    others = [part for part in parts if part not in (*prior, *replay, *updates, *batches)]
-    found = (
-        (others, [*trainers(problem), *preferring(problem)]),
-        (replay, replaying(problem)),
-        (updates, reusing(problem)),
-        (batches, smaller(problem)),
-        (prior, mixing(problem)),
-    )
-    return [setup for asked, setups in found if asked for setup in chosen(setups, asked)]
+    families = _families(problem)
+    asked = {setup.name for part in parts for setup in next(filter(None, (chosen(of, [part]) for of in families)), [])}
+    return [setup for family in families for setup in family if setup.name in asked]
+
+
+def _families(problem: ExactProblem) -> list[list[TrainerSetup]]:
+    return [
+        [*trainers(problem), *preferring(problem)],
+        replaying(problem),
+        reusing(problem),
+        smaller(problem),
+        mixing(problem),
+    ]
 
 
 def _every(problem: ExactProblem) -> list[TrainerSetup]:
-    return [
-        *trainers(problem),
-        *replaying(problem),
-        *reusing(problem),
-        *smaller(problem),
-        *mixing(problem),
-        *preferring(problem),
-    ]
+    return [setup for family in _families(problem) for setup in family]
 
 
 def to_markdown(runs: Sequence[ExactRun], how: str) -> str:

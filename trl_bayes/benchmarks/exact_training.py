@@ -38,7 +38,7 @@ _OFF_POLICY: tuple[tuple[str, Any, Any, dict[str, Any]], ...] = (
     ("dpg", DPGTrainer, DPGConfig, {}),
     ("f-dpg jensen_shannon", FDPGTrainer, FDPGConfig, {"divergence": "jensen_shannon"}),
 )
-_OUR_MAIN = ("TRL RLOOTrainer", "KLRLTrainer", "DPGTrainer", "FDPGTrainer jensen_shannon")
+_MAIN = ("TRL RLOOTrainer", "KLRLTrainer", "DPGTrainer", "FDPGTrainer jensen_shannon")
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,16 @@ def reusing(problem: ExactProblem) -> list[TrainerSetup]:
 
 
 def smaller(problem: ExactProblem) -> list[TrainerSetup]:
-    """Trainers with a quarter of the batch and four times as many updates: no more are drawn, and none used again."""
+    """
+    Trainers with a quarter of the batch and four times as many updates: no more are drawn, and none used again. Each
+    quarter by the policy as it is by then, or four at once, of which three are older.
+    """
     quarter = {"per_device_train_batch_size": problem.batch_size // 4}
-    setups = [setup for setup in trainers(problem) if setup.name in _OUR_MAIN]
     return [
-        TrainerSetup(f"{setup.name}, quarter batches", setup.trainer, setup.config, {**setup.settings, **quarter})
-        for setup in setups
+        TrainerSetup(f"{setup.name}, {name}", setup.trainer, setup.config, {**setup.settings, **quarter, **settings})
+        for setup in trainers(problem)
+        for name, settings in (("quarter batches", {}), ("quarter batches, four at once", {"steps_per_generation": 4}))
+        if setup.name in _MAIN
     ]
 
 

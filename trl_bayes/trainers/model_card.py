@@ -12,6 +12,7 @@ from .posterior_config import PosteriorConfig
 
 
 _BEFORE = "### Framework versions"  # a heading of TRL's template
+_OF_NO_HUB = "[None](https://huggingface.co/None)"  # TRL's link to a model that is a folder
 
 _SHOWN = {
     "posterior/log_z": "log Z, the log marginal likelihood",
@@ -55,8 +56,10 @@ def posterior_section(
     return "\n".join(lines)
 
 
-def add_section(file: Path, estimator: Estimator, target: Target, args: PosteriorConfig, state: TrainerState) -> None:
-    """Adds the section on the posterior to a model card that TRL has written."""
+def add_section(
+    file: Path, estimator: Estimator, target: Target, args: PosteriorConfig, state: TrainerState, started_from: str
+) -> None:
+    """Adds the section on the posterior to a model card that TRL has written, and names the model it started from."""
     section = posterior_section(
         repr(target) if estimator.has_posterior else "the largest reward (pure RL, no prior)",
         estimator.objective,
@@ -64,7 +67,13 @@ def add_section(file: Path, estimator: Estimator, target: Target, args: Posterio
         state.log_history,
         [inexact.fixed_point for inexact in args.inexact],
     )
-    file.write_text(with_section(file.read_text(encoding="utf-8"), section), encoding="utf-8")
+    card = with_section(file.read_text(encoding="utf-8"), section)
+    file.write_text(card.replace(_OF_NO_HUB, _named(started_from)), encoding="utf-8")
+
+
+def _named(path: str) -> str:
+    """A folder by its own name: where it was is nobody's business on a hub."""
+    return f"`{Path(path).name}`" if path else "a model without a name"
 
 
 def with_section(card: str, section: str) -> str:
