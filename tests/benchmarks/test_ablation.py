@@ -80,7 +80,7 @@ def test_a_batch_is_used_again_while_it_is_effective() -> None:
     ablation = Ablation(PROBLEM, 2, BUDGET)
     sampled, policies = Sampled(ablation, method, 0, BUDGET), ablation.policies()
     first = sampled.loss(policies())
-    assert sampled.loss(policies(), again=True).item() == pytest.approx(first.item(), rel=1e-6)
+    assert sampled.loss_again(policies()).item() == pytest.approx(first.item(), rel=1e-6)
     assert sampled.effective_share(policies()) == pytest.approx(1.0)
     other = moved(ablation)()
     log_policy = ablation.prefixes.log_law(other).flatten(0, 1).gather(1, sampled.batch["outcome"].view(4, -1))

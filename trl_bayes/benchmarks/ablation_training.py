@@ -96,7 +96,11 @@ class Ablation:
                 if update > 0 and sampled.effective_share(table) < method.least_effective:
                     break
                 optimizer.zero_grad()
-                (exact_loss_of(self, method, table) if exact else sampled.loss(table, again=update > 0)).backward()
+                if exact:
+                    loss = exact_loss_of(self, method, table)
+                else:
+                    loss = sampled.loss_again(table) if update > 0 else sampled.loss(table)
+                loss.backward()
                 _clip(list(policies.parameters()), 1.0)
                 optimizer.step()
             if step >= budget.steps - last:
@@ -137,13 +141,8 @@ class Sampled:
         self.batch: dict[str, Any] = {}  # the latest
         self.partition, self.buffer = Running(), Buffer(ablation.seeds, budget.buffer_size, self.generator)
 
-    def loss(self, next_token: Tensor, again: bool = False) -> Tensor:
-        """
-        The sum over seeds, from `log pi` of every token after each prefix, `(E, P, M, V)`; of new completions, or of
-        the latest ones again.
-        """
-        if again:
-            return self._loss_of(next_token, self.batch)
+    def loss(self, next_token: Tensor) -> Tensor:
+        """The sum over seeds, of new completions, from `log pi` of every token after each prefix, `(E, P, M, V)`."""
         ablation, (seeds, num_prompts) = self.ablation, next_token.shape[:2]
         with torch.no_grad():
             law = ablation.prefixes.log_law(next_token.detach()).flatten(0, 1)  # (E * P, N)
@@ -165,9 +164,11 @@ class Sampled:
         batch["prompt_key"] = row.repeat_interleave(drawn.size(1)).view(seeds, -1)
         batch["outcome"] = drawn.view(seeds, -1)
         self.batch = self._with_replayed(batch)
-        return self._loss_of(next_token, self.batch)
+        return self.loss_again(next_token)
 
-    def _loss_of(self, next_token: Tensor, batch: dict[str, Any]) -> Tensor:
+    def loss_again(self, next_token: Tensor) -> Tensor:
+        """The same of the latest completions, whoever has drawn them."""
+        batch = self.batch
         log_policy = self._per_token(next_token, batch["prompt_key"], batch["outcome"]).sum(dim=2)
         flat = Terms(*(batch[name].flatten() for name in Terms._fields))
         return self.estimator.loss(log_policy.flatten(), flat)[0] * len(log_policy)
