@@ -88,6 +88,18 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
 
 
+def test_no_merge_is_half_done() -> None:
+    """A page with both sides of a conflict in it reads as if it were meant."""
+    pages = [path for path in ROOT.rglob("*.md") if not {".venv", "build", "runs"} & set(path.relative_to(ROOT).parts)]
+    assert pages
+    marked = [
+        path
+        for path in pages
+        if any(line.startswith(("<<<<<<<", ">>>>>>>")) for line in path.read_text().splitlines())
+    ]
+    assert not marked
+
+
 def test_the_site_loads_nothing_from_elsewhere() -> None:
     """What its pages load is in the site. `offline` keeps to a script of this name; without one it loads its own."""
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
