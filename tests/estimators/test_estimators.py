@@ -44,7 +44,9 @@ from trl_bayes.estimators import (
     Estimator,
     ImportanceWeights,
     PolicyGradient,
+    PureRL,
     ScoreFunction,
+    Sequences,
     TrajectoryBalance,
     importance_coefficient,
     leave_one_out_baseline,
@@ -218,6 +220,15 @@ def test_kl_rl_gradient_is_exact_without_evidence(log_q: Tensor, group_size: int
     groups = all_groups(group_size, log_q)
     gradient = groups.expectation(group_gradient(kl_rl_coefficient(groups.outcomes, log_q), groups.outcomes))
     assert_equal(gradient, exact_gradient(reverse_kl(SOFT)))
+
+
+def test_the_value_of_pure_rl_is_of_the_current_policy_whoever_drew() -> None:
+    """As the gradient is: `-E_pi[phi]`, from completions of another policy."""
+    phi, zeros = LOG_POLICY - OTHER_PROPOSAL, torch.zeros_like(LOG_POLICY)
+    value = PureRL(divergence_of("reverse_kl")).value(Sequences(LOG_POLICY, phi, OTHER_PROPOSAL, zeros, zeros))
+    expected = -(LOG_POLICY.exp() * phi).sum()
+    torch.testing.assert_close((OTHER_PROPOSAL.exp() * value).sum(), expected)
+    assert abs(expected + (OTHER_PROPOSAL.exp() * phi).sum()) > 0.1  # the drawing policy's is another
 
 
 def test_kl_rl_advantages_are_rloo_over_beta() -> None:

@@ -45,4 +45,4 @@ class PureRL(PolicyGradient):
         return sequences.log_target
 
     def value(self, sequences: Sequences) -> torch.Tensor:
-        return -sequences.log_target
+        return -sequences.importance_ratio * sequences.log_target

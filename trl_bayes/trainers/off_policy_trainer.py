@@ -28,9 +28,9 @@ class OffPolicyConfig(PosteriorConfig):
             this factor, once the buffer holds enough.
         prior_fraction (`float`, *optional*, defaults to `0.0`):
             Share of each group's completions that the prior samples, rounded to whole ones, such as `0.25`. They keep
-            what the policy has lost in sight, and bound the importance weights. They are taken from
-            `num_prior_samples` for each prompt of the training data, which are drawn before the first update: as many
-            as a prompt's visits use up are enough. All completions are weighted by the density of the mixture.
+            what the policy has lost in sight, and bound the importance weights. They are chosen at random, at each
+            visit anew, from `num_prior_samples` for each prompt of the training data, which are drawn before the
+            first update. All completions are weighted by the density of the mixture.
             Evaluation is the policy's alone; `reward`, `completions/*` and `entropy` of training are of all.
     """
 
