@@ -15,39 +15,53 @@ from study import slug  # noqa: E402
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
 MARKERS = "osD^vP*X"
+SMOOTHED = 320  # completions over which a curve is the mean
 NAMED = 20  # valid answers of a prompt among which distinct names are counted
 
 
 def write_report(runs: Path, methods: list[str], splits: list[str], seeds: list[int], out: Path, task: Any) -> None:
-    """Writes `results.md`, `results.json` and `results.png` beside the recipes, and prints the table."""
-    rows = {split: read_rows(runs / f"measured_{split}", methods, seeds, task) for split in splits}
+    """Writes `results.md`, `.json` and `.png` of what is done beside the recipes, and prints the table."""
+    folders = {split: runs / f"measured_{split}" for split in splits}
+    methods = [
+        name for name in methods if all((of / slug(name) / "evaluation.json").exists() for of in folders.values())
+    ]
+    rows = {split: read_rows(folder, methods, seeds, task) for split, folder in folders.items()}
     text = "\n\n".join(f"### {split}\n\n{table(rows[split], task['columns'])}" for split in splits) + "\n"
     (out / "results.md").write_text(text, encoding="utf-8")
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    draw(rows[splits[0]], {name: curves(runs, name, seeds) for name in methods}, task, out / "results.png")
+    logs = {name: curves(runs, name, seeds, task["completions"]) for name in methods}
+    draw(rows[splits[0]], logs, task, out / "results.png")
     print(text)
 
 
 def read_rows(folder: Path, methods: list[str], seeds: list[int], task: Any) -> dict[str, list[dict[str, Any]]]:
-    """Numbers of each method and seed, of the prior and of the exact posterior."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for method in methods:
-        evaluation = json.loads((folder / slug(method) / "evaluation.json").read_text(encoding="utf-8"))
-        samples = folder / slug(method) / "samples"
-        if not rows:
-            rows["the prior"] = [numbers(evaluation["prior"], samples / "prior.jsonl", task)]
-            rows["the exact posterior"] = [numbers(evaluation["posterior"], samples / "posterior.jsonl", task)]
+    """Numbers of each method, for the seeds that it has; of prior and exact posterior, where most samples are."""
+    found = {
+        name: json.loads((folder / slug(name) / "evaluation.json").read_text(encoding="utf-8")) for name in methods
+    }
+    best = max(methods, key=lambda name: len(lines_of(folder / slug(name) / "samples" / "prior.jsonl")))
+    rows = {
+        label: [numbers(found[best][who], folder / slug(best) / "samples" / f"{who}.jsonl", task)]
+        for label, who in (("the prior", "prior"), ("the exact posterior", "posterior"))
+    }
+    for method, evaluation in found.items():
         runs = {run["name"]: run for run in evaluation["runs"]}
-        names = [f"{slug(method)}_{seed}" for seed in seeds]
+        names = [name for seed in seeds if (name := f"{slug(method)}_{seed}") in runs]
+        samples = folder / slug(method) / "samples"
         rows[method] = [numbers(runs[name], samples / f"{name}.jsonl", task) for name in names]
     return rows
+
+
+def lines_of(file: Path) -> list[str]:
+    """One for each sample."""
+    return file.read_text(encoding="utf-8").splitlines()
 
 
 def numbers(record: dict[str, Any], samples: Path, task: Any) -> dict[str, Any]:
     """What the table has of one policy; what is not known is absent, and what few samples tell is in `rough`."""
     metrics = record["evaluation"]["metrics"]
     known = {key: metrics[key]["value"] for key in task["columns"] if key in metrics}
-    lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in lines_of(samples)]
     by_prompt: dict[str, list[Any]] = {}
     for line in lines:
         by_prompt.setdefault(json.dumps(line["prompt"]), []).append(line)
@@ -68,14 +82,18 @@ def distinct_names(by_prompt: dict[str, list[Any]]) -> float | None:
     return mean(shares) if shares else None
 
 
-def curves(runs: Path, method: str, seeds: list[int]) -> list[tuple[list[int], list[float]]]:
-    """Completions and mean reward of each training, smoothed over five updates."""
+def curves(runs: Path, method: str, seeds: list[int], completions: int) -> list[tuple[list[float], list[float]]]:
+    """Completions drawn and mean reward of each training, smoothed over 320 completions."""
     found = []
-    for seed in seeds:
-        state = json.loads((runs / f"{slug(method)}_{seed}" / "trainer_state.json").read_text(encoding="utf-8"))
+    for file in (runs / f"{slug(method)}_{seed}" / "trainer_state.json" for seed in seeds):
+        if not file.exists():
+            continue
+        state = json.loads(file.read_text(encoding="utf-8"))
         log = [line for line in state["log_history"] if "reward" in line]
-        values = [mean(float(line["reward"]) for line in log[max(0, i - 4) : i + 1]) for i in range(len(log))]
-        found.append(([line["step"] for line in log], values))
+        of_update = completions / state["max_steps"]
+        last = round(SMOOTHED / of_update)
+        values = [mean(float(line["reward"]) for line in log[max(0, i + 1 - last) : i + 1]) for i in range(len(log))]
+        found.append(([line["step"] * of_update for line in log], values))
     return found
 
 
@@ -105,7 +123,7 @@ def cell(values: list[float], is_share: bool) -> str:
 
 
 def draw(rows: dict[str, list[dict[str, Any]]], logs: dict[str, Any], task: Any, file: Path) -> None:
-    """Left: reward against updates. Right: valid share against distance from the prior, where all can be compared."""
+    """Left: reward against completions. Right: valid share against distance from the prior, which all have."""
     y = task.get("y", "valid")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, (name, runs) in enumerate(logs.items()):
@@ -124,7 +142,7 @@ def draw(rows: dict[str, list[dict[str, Any]]], logs: dict[str, Any], task: Any,
         run = rows[name][0]
         if "kl_prior" in run:
             right.scatter(run["kl_prior"], run[y], color="k", marker=marker, s=120, label=name)
-    left.set(xlabel="updates of 64 completions", ylabel=f"{task['label']}, in training")
+    left.set(xlabel="completions drawn", ylabel=f"{task['label']}, in training")
     right.set(xlabel="KL(π‖π₀), nats", ylabel=task["label"])
     right.legend(fontsize=7)
     figure.savefig(file, dpi=110)
