@@ -38,11 +38,11 @@ def lines() -> list[list[str]]:
 
 
 def test_every_line_in_turn(tmp_path: Path, tiny_models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of the two trainings with checkpoints goes on after the two updates of the first."""
+    """After the first training of the page; of the two with checkpoints the second goes on after the first."""
     monkeypatch.chdir(tmp_path)
     written = itertools.cycle([VALID, "no"])  # a tiny model writes no JSON
     monkeypatch.setattr("trl_bayes.rewards.json_schema.completion_text", lambda completion: next(written))
-    for words in lines():
+    for words in [["trl-bayes", "kl-rl", "--config", "recipes/smollm2/json/kl_rl.yaml"], *lines()]:
         command, flags = words[1], [tiny_models.policy if word == MODEL else word for word in words[2:]]
         where = flags.index("--config") + 1
         recipe = yaml.safe_load((ROOT / flags[where]).read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def test_every_line_in_turn(tmp_path: Path, tiny_models: Any, monkeypatch: pytes
             flags[flags.index("--save_steps") + 1] = "1"
         cli.main([command, *flags])
         if "--save_steps" in flags:
-            done = sorted(path.name for path in Path("runs/smollm2/json/kl_rl").glob("checkpoint-*"))
+            done = sorted(path.name for path in Path("runs/smollm2/json/kept").glob("checkpoint-*"))
             assert done == [f"checkpoint-{i}" for i in range(1, recipe["max_steps"] + 1)]
     (block,) = re.findall(r"```python\n(.*?)```", section(), re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})
