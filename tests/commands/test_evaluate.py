@@ -242,6 +242,17 @@ def test_a_report_of_evaluations(recipe: dict[str, Any], models: dict[str, str])
     assert "second (two/evaluation.json)" in page and "log Z" in page
 
 
+def test_the_penalty_of_an_xpo_recipe_is_part_of_the_posterior(recipe: dict[str, Any]) -> None:
+    """As in training: one more reward, of completions that are cut."""
+    changes = {"missing_eos_penalty": 3.0, "num_samples": 8, "num_reference_samples": 40, "max_completion_length": 2}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
+    cli.main(["evaluate", "--config", "recipe.yaml", "--save_samples", "--output_dir", "out"])
+    assert read_report("out").problem["rewards"] == "balance, missing_eos"
+    lines = [json.loads(line) for line in Path("out/samples/policy.jsonl").read_text().splitlines()]
+    assert {line["rewards"][1] for line in lines} <= {0.0, -3.0}
+    assert any(line["rewards"][1] == -3.0 for line in lines)
+
+
 def test_names_of_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a=b").mkdir()
@@ -263,6 +274,8 @@ def test_names_of_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"policies": ...}, "`policies` is missing"),
         ({"policies": ["x="]}, "'x=' is neither PATH nor NAME=PATH"),
         ({"policies": ["a/x", "b/x"]}, "Two policies are called 'x'"),
+        ({"policies": ["org/sft=a"]}, "The policy's name 'org/sft' is to be part of a file's"),
+        ({"max_completion_length": None}, "`max_completion_length=None` is no length"),
         ({"policies": ["prior=a"]}, "No policy can be called 'prior'"),
         ({"policies": ["nope/nope"]}, "`policies`: the model 'nope/nope' cannot be loaded"),
         ({"policies": ["nope"]}, "`policies`: the model 'nope' cannot be loaded"),

@@ -328,11 +328,20 @@ def test_reports_about_several_problems_are_parts_of_a_page(tmp_path: Path) -> N
     assert [row.label for row in with_more.parts[0].runs] == ["run b (page, part 2)", "run b (more)"]
 
 
-def training_log(folder: Path, entries: list[dict[str, float]]) -> str:
+def training_log(folder: Path, entries: list[dict[str, Any]]) -> str:
     folder.mkdir()
     state = {"global_step": 20, "log_history": entries}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     return str(folder)
+
+
+def test_a_step_without_any_reward_is_left_out(tmp_path: Path) -> None:
+    entries: list[dict[str, Any]] = [
+        {"step": 1, "reward": None, "posterior/kl_prior": None},
+        {"step": 2, "reward": 1.0},
+    ]
+    (alone,) = read_report(training_log(tmp_path / "dpg", entries)).runs
+    assert [point.step for point in alone.curve] == [2]
 
 
 def test_the_log_of_a_training_is_a_run(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def test_schemas_that_refer_to_themselves_or_to_nothing() -> None:
         valid_json({"$ref": "#/definitions/a"})(completions=["{}"])
 
 
+@pytest.mark.parametrize("number", ["1e999", "9" * 400])
+def test_a_number_that_overflows_is_no_answer(number: str) -> None:
+    assert valid_json({"type": "number", "multipleOf": 0.01})(completions=[number, "1.25"]) == [0.0, 1.0]
+
+
 def test_what_is_no_schema_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="is no JSON schema"):
         valid_json({"type": "person"})

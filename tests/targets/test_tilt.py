@@ -36,6 +36,14 @@ def test_a_reward_that_does_not_apply_adds_nothing() -> None:
     assert phi.tolist() == pytest.approx([-6.0, 4.0, NAN, 0.0], nan_ok=True)
 
 
+def test_a_finite_reward_that_overflows_counts_as_missing() -> None:
+    """As an infinite one does in training: a sentinel such as the smallest float says nothing."""
+    tilt = Tilt(beta=0.1)
+    tilt.bind(["style"])
+    phi = tilt.log_potential(torch.tensor([[torch.finfo(torch.float32).min], [3e38], [1.0]]))
+    assert phi.tolist() == pytest.approx([NAN, NAN, 10.0], nan_ok=True)
+
+
 def test_only_the_rewards_that_it_reads_can_leave_a_completion_out() -> None:
     tilt = Tilt(beta=1.0, rewards="style")
     tilt.bind(NAMES)

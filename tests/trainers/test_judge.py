@@ -41,7 +41,7 @@ def test_an_index_is_the_better_one(index: Any) -> None:
     assert ask(judge, PROMPTS, PAIRS).tolist() == [0.0] * len(PAIRS)
 
 
-@pytest.mark.parametrize("verdict", [-1, None])
+@pytest.mark.parametrize("verdict", [-1, None, math.nan, torch.tensor(math.nan)])
 def test_one_that_cannot_say(verdict: Any) -> None:
     found = ask(lambda prompts, pairs: [verdict] * len(pairs), PROMPTS, PAIRS)
     assert found.isnan().all()
@@ -68,7 +68,7 @@ def test_columns_of_the_data_for_one_that_takes_them() -> None:
     [
         ([1.2] * 32, "returned 1.2: return for each pair the probability"),
         ([-0.1] * 32, "returned -0.1: return"),
-        ([math.nan] * 32, "returned nan: return"),
+        ([math.inf] * 32, "returned inf: return"),
         ([2] * 32, "returned 2: return"),
         ([True] * 32, "returned True: return"),
         (["A"] * 32, "returned 'A': return"),

@@ -37,6 +37,8 @@ from trl_bayes.groups import bounded_fixed_log_z
 from trl_bayes.prior import prompt_key
 from trl_bayes.rewards import length_between
 from trl_bayes.trainers.batches import row_hash
+from trl_bayes.trainers.further_data import rows_of
+from trl_bayes.trainers.learning_from_prior import prior_samples_of
 from trl_bayes.trainers.posterior_trainer import PosteriorTrainer
 
 
@@ -926,3 +928,44 @@ def test_evidence_that_is_known(target: dict[str, Any], make: Make) -> None:
     log_z = step_logs(trainer)[0]["posterior/log_z"]
     # log(1/4) without ties; -0.0 where tau normalizes
     assert log_z == pytest.approx(0.0 if target["name"] == "chi_squared" else -1.386, abs=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an inexact run keeps is of another distribution
+
+
+@pytest.mark.filterwarnings("ignore:With `top_k=2`:UserWarning")
+def test_an_exact_run_does_not_find_what_top_k_has_cut(make: Make, tmp_path: Path) -> None:
+    shared = {"partition": "prior_samples", "prior_samples_dir": str(tmp_path / "shared")}
+    cut = make(config={**shared, "top_k": 2, "inexact_settings": "warn"}, target=TILT)
+    cut.learn_from_prior()
+    exact = make(config=shared, target=TILT)
+    assert len(prior_samples_of(exact, rows_of(exact)).missing()) == 30 * len(TASK.prompts)
+    assert len(prior_samples_of(cut, rows_of(cut)).missing()) == 0
+
+
+@pytest.mark.parametrize(
+    "needed", [{"partition": "prior_samples"}, {"target": BEST_OF_4}, {"prior_fraction": 0.25}], ids=str
+)
+def test_masked_completions_are_no_samples_of_the_prior(make: Make, needed: dict[str, Any]) -> None:
+    """TRL empties them, and who finds them later would take them for completions."""
+    config = {"mask_truncated_completions": True, "inexact_settings": "warn", **needed}
+    with pytest.raises(ValueError, match="mask_truncated_completions=True` empties those that are cut"):
+        make(config=config)
+
+
+def test_what_rewards_log_of_kept_samples_is_no_metric_of_training(make: Make, tmp_path: Path) -> None:
+    """Samples that another function has scored are scored again before the first update."""
+    calls = []
+
+    def logs(completions: list[str], log_metric: Any, **kwargs: Any) -> list[float]:
+        calls.append(len(completions))
+        log_metric("calls", float(len(calls)))
+        return [float(len(text)) for text in completions]
+
+    config = {"partition": "prior_samples", "prior_samples_dir": str(tmp_path / "shared"), "max_steps": 1}
+    make(config=config, target=TILT).learn_from_prior()
+    trainer = make(config=config, target=TILT, reward_funcs=logs)
+    trainer.train()
+    (first, *_) = step_logs(trainer)
+    assert len(calls) > 1 and first["calls"] == len(calls)

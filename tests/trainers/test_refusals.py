@@ -53,6 +53,7 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"max_completion_length": None}, "`max_completion_length=None` is no length.* set the number of tokens"),
         ({"top_p": 0.9}, "`top_p=0.9` changes the distribution .* set it to 1.0"),
         ({"top_k": 50}, "`top_k=50` changes the distribution .* set it to 0"),
         ({"min_p": 0.1}, "`min_p=0.1` changes the distribution .* set it to 0.0"),

@@ -198,6 +198,8 @@ def name_policies(specs: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"The policy {spec!r} is neither PATH nor NAME=PATH.")
         if name in _REFERENCES:
             raise ValueError(f"No policy can be called {name!r}, which is a row of its own: call it otherwise.")
+        if Path(name).name != name:
+            raise ValueError(f"The policy's name {name!r} is to be part of a file's: leave out the slashes.")
         if name in policies:
             raise ValueError(f"Two policies are called {name!r}: tell them apart as NAME=PATH.")
         policies[name] = model_path(path)

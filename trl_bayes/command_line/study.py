@@ -7,11 +7,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..language_models.generation import find_stop_ids
 from ..language_models.prompts import check_prompts
 from ..language_models.settings import SamplingSettings
 from ..rewards.calling import NOT_PASSED_ON, check_reward_arguments
 from ..targets import Target, build_target
 from ..trainers.posterior_config import PosteriorConfig
+from ..trainers.preference_trainer import MissingEOS
+from ..trainers.xpo_config import XPOConfig
 from .arguments import Arguments, StudyArguments
 from .data import load_data, select_split
 from .models import choose_device, find_config, load_model, load_tokenizer, loading_arguments, model_path
@@ -72,6 +75,9 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     weights = _weights(training.reward_weights, len(rewards))
     if not rewards and target.reads_rewards:
         raise ValueError(f"The target {target!r} reads rewards: give at least one reward function.")
+    penalty = _missing_eos(training)
+    if penalty is not None:  # one more reward, as in training
+        names, weights = [*names, penalty.__name__], None if weights is None else torch.cat([weights, torch.ones(1)])
     target.bind(names, weights)
     rows, num_rows = _rows(args, arguments)
     check_reward_arguments(rewards, list(rows[0]))
@@ -80,6 +86,9 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     is_policys = training.prior_model_name_or_path is None
     prior = load_model(name, arguments, args.device, revision=revision, quantized=is_policys)
     rewards = load_reward_models(rewards, arguments, choose_device(args.device, training))
+    if penalty is not None:
+        penalty.eos_token_ids = find_stop_ids(prior, tokenizer)
+        rewards = [*rewards, penalty]
     named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
     drawn = _sampling_settings(args, training)
     check_prompts(
@@ -137,6 +146,12 @@ def find_prior(arguments: Arguments) -> tuple[str, str]:
     name = model_path(named)
     find_config(field, name, training.trust_remote_code, revision)
     return name, revision
+
+
+def _missing_eos(training: PosteriorConfig) -> MissingEOS | None:
+    """The penalty of XPO's recipes, which is part of the posterior; tokens that end a completion are not known yet."""
+    penalty = training.missing_eos_penalty if isinstance(training, XPOConfig) else None
+    return None if penalty is None else MissingEOS(penalty, [])
 
 
 def _weights(weights: list[float] | None, number: int) -> torch.Tensor | None:

@@ -101,10 +101,14 @@ def _training_log(path: Path, state: Mapping[str, Any]) -> Report:
         CurvePoint(
             entry["step"],
             round(entry["step"] * per_step),
-            {ours: Estimate(float(entry[key]), note=note) for key, ours in _LOGGED.items() if key in entry},
+            {
+                ours: Estimate(float(entry[key]), note=note)
+                for key, ours in _LOGGED.items()
+                if entry.get(key) is not None
+            },
         )
         for entry in log
-        if "reward" in entry
+        if entry.get("reward") is not None  # of a step at which no completion had one there is nothing to show
     ]
     if not curve:
         raise ValueError("nothing of ours is in this log")

@@ -67,7 +67,7 @@ def _is_valid(document: Any, schema: str) -> bool:
 
     try:
         return bool(validator.is_valid(document))
-    except RecursionError:
+    except (RecursionError, ArithmeticError):  # no number is infinite, and none is a multiple that overflows
         return False
     except Unresolvable as error:
         raise ValueError(f"`valid_json`: {schema[:80]!r} refers to what is not in it ({error}).") from None

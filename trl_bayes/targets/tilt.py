@@ -33,7 +33,8 @@ class Tilt(Target):
     def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
         selected = self.select(rewards)  # (N, K')
         total = (selected * self.select_weights(rewards)).nansum(dim=1)  # a reward that does not apply adds nothing
-        return total.masked_fill(selected.isnan().all(dim=1), torch.nan) / self.beta
+        phi = total.masked_fill(selected.isnan().all(dim=1), torch.nan) / self.beta
+        return phi.masked_fill(phi.isinf(), torch.nan)  # a finite reward that overflows is as good as an infinite one
 
     def settings(self) -> dict[str, Any]:
         return {"beta": self.beta, **super().settings()}

@@ -99,6 +99,7 @@ def _draw_identity(trainer: Any, rewards: list[str | None]) -> DrawIdentity:
         parts.append(parameters_fingerprint(adapter))
     if trainer.rollout_func is not None:  # it may give the reward functions more than is kept
         parts += [callable_fingerprint(trainer.rollout_func), *rewards]
+    parts += [inexact.refusal for inexact in args.inexact]  # an exact run is not to find what these have cut
     once = broadcast_object_list([uuid.uuid4().hex])[0]
     weights, *tools = [once if part is None else part for part in parts]
     length = args.max_completion_length
@@ -226,6 +227,7 @@ def unrecorded(trainer: Any) -> Iterator[None]:
     """
     mode = "train" if trainer.model.training else "eval"
     metrics, logs = deepcopy(trainer._metrics[mode]), deepcopy(trainer._logs)
+    pending = deepcopy((trainer._pending_metrics, trainer._pending_extra_logs))  # what reward functions have logged
     tokens, group_sizes = trainer.state.num_input_tokens_seen, (trainer.num_generations, trainer.num_generations_eval)
     # Rows are of any prompts and of any number, where TRL's vLLM client samples one prompt for each group
     trainer.num_generations = trainer.num_generations_eval = 1
@@ -234,6 +236,7 @@ def unrecorded(trainer: Any) -> Iterator[None]:
     finally:
         trainer.num_generations, trainer.num_generations_eval = group_sizes
         trainer._metrics[mode], trainer._logs, trainer.state.num_input_tokens_seen = metrics, logs, tokens
+        trainer._pending_metrics, trainer._pending_extra_logs = pending
 
 
 @contextmanager

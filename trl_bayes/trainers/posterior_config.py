@@ -212,6 +212,11 @@ class PosteriorConfig(GRPOConfig):
             )
 
     def _check_posterior_parameters(self) -> None:
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ValueError(
+                f"`max_completion_length={self.max_completion_length}` is no length, and transformers would cut at "
+                "one of its own: set the number of tokens at which a completion is cut."
+            )
         if not self.temperature > 0:
             raise ValueError(f"`temperature={self.temperature}` does not sample: set it above 0 (1.0 is the model's).")
         if self.inexact_settings not in INEXACT_SETTINGS:

@@ -61,7 +61,7 @@ class MissingEOS:
         self.__name__ = "missing_eos"
 
     def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
-        return [0.0 if ids[-1] in self.eos_token_ids else -self.penalty for ids in completion_ids]
+        return [0.0 if ids and ids[-1] in self.eos_token_ids else -self.penalty for ids in completion_ids]
 
 
 class PreferenceTrainer(PriorShareTrainer):

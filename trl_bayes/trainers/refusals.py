@@ -214,6 +214,11 @@ def refuse_unsampled_prior(
             f"{needs} needs samples of the prior, and `beta=0` is pure RL, which has none: set `beta` > 0, or use "
             "`partition='running'` and no target."
         )
+    if args.mask_truncated_completions:
+        raise ValueError(
+            f"{needs} needs samples of the prior, and `mask_truncated_completions=True` empties those that are cut: "
+            "set it to False."
+        )
     if args.prior_model_name_or_path is not None:
         raise ValueError(
             f"{needs} needs samples of the prior, which the policy draws before its first update: leave "
