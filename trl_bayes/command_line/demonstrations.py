@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from rich.console import Console
 
 from ..language_models.fingerprint import path_fingerprint
@@ -14,17 +14,19 @@ from ..rewards.calling import reward_name
 from ..statistics.demonstrations import temperature_by_rule
 from ..statistics.estimate import Estimate
 from ..targets import build_target
+from ..trainers.refusals import refuse_infinite_divergence
 from .arguments import Arguments
 from .cloning import PROMPTS, check_clone, train_clone, write_rows
-from .data import load_data, select_split
+from .data import load_data
 from .demonstration_data import distinct_prompts
 from .demonstration_recipe import DemonstrationArguments, DemonstrationRecipe, read_demonstration_recipe
+from .extras import check_extras
 from .folders import prepare_folder
 from .preference_stage import check_preferences, preference_functions, train_reward
 from .refusals import one_sentence
 from .rewards import check_reward_models, find_rewards
 from .stages import Stage, StageError, fingerprint, is_first, wait_for_all
-from .training import make_trainer, train
+from .training import check_trackers, make_trainer, splits_of, train
 
 
 PROGRAM = "trl-bayes demo-rl"
@@ -57,7 +59,7 @@ def prepare(arguments: DemonstrationArguments, source: str) -> Job:
             "The rule for `beta` needs held-out demonstrations: set `held_out` above 0, or `beta` to a number."
         )
     preferences = check_preferences(recipe, model_name) if "reward" in recipe.sections else None
-    prompts, functions = _check_rl(recipe)
+    prompts, functions = _check_rl(recipe, distinct_prompts(rows))
     stages = _stages(
         recipe, [fingerprint(rows), path_fingerprint(model_name) or model_name], preferences, prompts, functions
     )
@@ -68,26 +70,33 @@ def prepare(arguments: DemonstrationArguments, source: str) -> Job:
     return Job(recipe, rows, preferences, stages)
 
 
-def _check_rl(recipe: DemonstrationRecipe) -> tuple[str, str]:
+def _check_rl(recipe: DemonstrationRecipe, prompts: Sequence[Any]) -> tuple[str, str]:
     """
-    The last stage's rewards, target and data.
+    The last stage's rewards, target and data, which are the prompts of the demonstrations if it names none: all that
+    its trainer will refuse without a model, before the hours of the stages before it.
 
     Returns:
         `tuple[str, str]`: fingerprints of its prompts, empty where they are those of the demonstrations, and of its
         rewards.
     """
     arguments = _rl_arguments(recipe, recipe.arguments.output_dir, None)
-    rewards, _ = find_rewards(arguments.script)
+    rewards, names = find_rewards(arguments.script)
     if not rewards and "reward" not in recipe.sections:
         raise ValueError(
             "`reward_funcs` is missing in the section `rl`: name a reward function, or add a section `reward`."
         )
+    check_extras(arguments.model, arguments.training)
+    check_trackers(arguments.training)
     check_reward_models(rewards, arguments)
-    build_target(arguments.training.target, arguments.training.beta or None)
+    target = build_target(arguments.training.target, arguments.training.beta or None)
+    refuse_infinite_divergence(target, arguments.training.make_divergence())
+    if "reward" not in recipe.sections:  # whose model has a name that is not known yet
+        target.bind(names)
     functions = _of_functions(rewards)
     if arguments.script.dataset_name is None and not arguments.mixture.datasets:
+        splits_of(DatasetDict(train=Dataset.from_list([{"prompt": each} for each in prompts])), arguments, rewards)
         return "", functions
-    rows = select_split(load_data(arguments), arguments.script.dataset_train_split, arguments.script)
+    rows, _ = splits_of(load_data(arguments), arguments, rewards)
     return fingerprint(rows if isinstance(rows, Dataset) else [arguments.script.dataset_name]), functions
 
 

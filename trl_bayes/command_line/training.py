@@ -144,14 +144,8 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
     settings = loading_arguments(model, training)
     _check_models(model_path(model.model_name_or_path), settings, training)
     check_reward_models(rewards, arguments)
-    _check_trackers(training)
-    dataset = load_data(arguments)
-    train_dataset = select_split(dataset, script.dataset_train_split, script)
-    refuse_too_few_prompts(train_dataset, training)
-    check_reward_arguments(rewards, ["prompt"] if training.remove_unused_columns else train_dataset.column_names)
-    eval_dataset = None
-    if training.eval_strategy != "no":
-        eval_dataset = select_split(dataset, script.dataset_test_split, script)
+    check_trackers(training)
+    train_dataset, eval_dataset = splits_of(load_data(arguments), arguments, rewards)
     if training.prior_samples_dir is not None:
         training.prior_samples_dir = os.path.expanduser(training.prior_samples_dir)
     training.model_init_kwargs = settings
@@ -164,6 +158,21 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
         peft_config=get_peft_config(model),
         **policy,
     )
+
+
+def splits_of(dataset: Any, arguments: Arguments, rewards: Sequence[Any]) -> tuple[Any, Any]:
+    """
+    What is trained on and, if anything, evaluated on.
+
+    Raises:
+        ValueError: a split is missing, the prompts do not fill a generation, or a reward needs another column.
+    """
+    script, training, _, _ = arguments
+    train_dataset = select_split(dataset, script.dataset_train_split, script)
+    refuse_too_few_prompts(train_dataset, training)
+    check_reward_arguments(rewards, ["prompt"] if training.remove_unused_columns else train_dataset.column_names)
+    evaluates = training.eval_strategy != "no"
+    return train_dataset, select_split(dataset, script.dataset_test_split, script) if evaluates else None
 
 
 def _check_models(policy: str, settings: dict[str, Any], training: PosteriorConfig) -> None:
@@ -193,7 +202,13 @@ def _policy(name: str, arguments: Arguments, rewards: Sequence[Any]) -> dict[str
     }
 
 
-def _check_trackers(args: PosteriorConfig) -> None:
+def check_trackers(args: PosteriorConfig) -> None:
+    """
+    Refuses `report_to` with what is not there.
+
+    Raises:
+        ValueError: one sentence.
+    """
     missing = sorted({*cast("list[str]", args.report_to)} - {*get_available_reporting_integrations()})
     if missing:
         raise ValueError(
