@@ -944,6 +944,25 @@ def test_an_exact_run_does_not_find_what_top_k_has_cut(make: Make, tmp_path: Pat
     assert len(prior_samples_of(cut, rows_of(cut)).missing()) == 0
 
 
+def test_samples_of_what_a_model_was_before_it_changed_are_refused(make: Make, prior: Prior, tmp_path: Path) -> None:
+    """It goes by the folder that it came from, as does a base into which an adapter was merged."""
+
+    def model(noise: float) -> Any:
+        loaded = AutoModelForCausalLM.from_pretrained(prior.path)
+        with torch.no_grad():
+            for weight in loaded.parameters():
+                weight += noise * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        return loaded
+
+    config = {"partition": "prior_samples", "prior_samples_dir": str(tmp_path / "shared")}
+    for noise in (0.0, 0.0):
+        make(config=config, target=TILT, model=model(noise), peft_config=lora()).learn_from_prior()
+    changed = make(config=config, target=TILT, model=model(0.3), peft_config=lora())
+    with pytest.raises(ValueError, match="or this one was changed after it was loaded: use another"):
+        changed.learn_from_prior()
+    make(config={**config, "check_log_probs": False}, target=TILT, model=model(0.3), peft_config=lora())
+
+
 @pytest.mark.parametrize(
     "needed", [{"partition": "prior_samples"}, {"target": BEST_OF_4}, {"prior_fraction": 0.25}], ids=str
 )

@@ -308,15 +308,18 @@ class PriorSamples:
         log_prior = index.log_prior[places].view(shape).to(dtype)
         return PriorScores(rewards, log_prior, keys, torch.ones(len(keys)) if multiplicity is None else multiplicity)
 
-    def completions(self) -> KeptCompletions:
+    def completions(self, chosen: torch.Tensor | None = None) -> KeptCompletions:
         """
-        All samples, in the order of their indices.
+        Samples in the order of their indices.
+
+        Args:
+            chosen (`torch.Tensor`, *optional*): indices, int64; all by default.
 
         Raises:
-            ValueError: if samples are missing.
+            ValueError: if some of them are missing.
         """
         index = self._store.samples()
-        places = self._places(index)
+        places = self._places(index) if chosen is None else self._places(index)[chosen]
         if (places < 0).any():
             raise ValueError(f"Some prior samples in {self.folder} have not been drawn yet: call `collect` first.")
         return self._store.completions(index, places)

@@ -29,6 +29,7 @@ from ..prior import (
 from ..prior.drawing import MOVED
 from ..targets import Target
 from .batches import own_tokens, row_hash, sequence_log_probs
+from .kept_samples_check import refuse_samples_of_another_model
 from .warnings_of_users import warn
 
 
@@ -119,6 +120,8 @@ def learn(trainer: Any, rows: RowsOfData, again: bool = False) -> PriorSamples:
         PriorSamplesError: as [`collect`] and [`fit`].
     """
     samples = prior_samples_of(trainer, rows)
+    if trainer.args.check_log_probs and len(samples.missing()) < len(samples):
+        refuse_samples_of_another_model(trainer, samples, rows.rows)
     collect(samples, rows, trainer._draw_prior, trainer._score_prior_samples, trainer)
     fit(trainer.target, trainer.partition, samples.scores(rows.keys, rows.multiplicity), again)
     if trainer.partition.warning is not None and trainer.estimator.learns_from_log_z:

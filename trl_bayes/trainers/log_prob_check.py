@@ -64,7 +64,7 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
         checks.append(Check(whose, trainer.model, batch["sampling_per_token_logps"], source=source))
     if "ref_per_token_logps" in batch:
         prior = trainer.model if trainer.ref_model is None else trainer.ref_model
-        checks.append(Check("prior's", prior, batch["ref_per_token_logps"], lambda: _as_prior(trainer)))
+        checks.append(Check("prior's", prior, batch["ref_per_token_logps"], lambda: as_prior(trainer)))
     rows = choose_rows(batch)
     own = own_tokens(batch)[rows].bool()
     for check in checks:
@@ -89,8 +89,13 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
 
 
 @contextmanager
-def _as_prior(trainer: Any) -> Iterator[None]:
-    """The prior's adapters, or none, where prior and policy share a model."""
+def as_prior(trainer: Any) -> Iterator[None]:
+    """
+    The prior's adapters, or none, where prior and policy share a model.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): of the two.
+    """
     if trainer.ref_model is not None:
         yield
         return

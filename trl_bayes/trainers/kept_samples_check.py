@@ -1,0 +1,55 @@
+"""Are samples that were found this prior's? A few are scored by it, since a model in memory can have changed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..language_models.generation import evaluating
+from ..prior import PriorSamples, PriorSamplesError
+from .log_prob_check import NUM_CHECKED, TOLERANCE_OF_ROUNDING, as_prior, plain_log_probs
+
+
+def refuse_samples_of_another_model(trainer: Any, samples: PriorSamples, rows: Sequence[dict[str, Any]]) -> None:
+    """
+    Compares the `log pi_0` that is kept of one completion of each of the first prompts with that of a forward pass.
+
+    Samples are known by the files of the model that has drawn them. A model that was changed after it was loaded, such
+    as by merging an adapter into it, has the files of another. Every process must call it.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): whose prior it is.
+        samples ([`~trl_bayes.prior.PriorSamples`]): that were there already.
+        rows (`Sequence[dict]`): of the data, in the order of the samples.
+
+    Raises:
+        PriorSamplesError: they differ by more than rounding; one sentence.
+    """
+    prompts, images, _ = trainer._tokenize_prompts([row["prompt"] for row in rows[:NUM_CHECKED]])
+    if images is not None or trainer.tools or trainer.rollout_func is not None:
+        return  # what the model sees besides, or tokens that are not its own
+    missing = set(samples.missing().tolist())
+    first = {place * samples.num_samples: prompt for place, prompt in enumerate(prompts)}
+    first = {index: prompt for index, prompt in first.items() if index not in missing}
+    kept = samples.completions(torch.tensor(list(first), dtype=torch.int64))
+    prior = trainer.model if trainer.ref_model is None else trainer.ref_model
+    distance, tokens = 0.0, 0
+    with as_prior(trainer), evaluating(prior):
+        for prompt, ids, log_prior in zip(first.values(), kept.completion_ids, kept.log_prior.tolist(), strict=True):
+            batch = _alone(prompt, ids, trainer.accelerator.device)
+            found = plain_log_probs(prior, batch, torch.tensor([0]), trainer.temperature)
+            distance, tokens = distance + abs(found.sum().item() - log_prior), tokens + len(ids)
+    distance /= max(tokens, 1)
+    if not distance <= TOLERANCE_OF_ROUNDING:
+        raise PriorSamplesError(
+            f"The samples in {samples.folder} differ by {distance:.2g} nats per token from what this prior gives them, "
+            "so another model has drawn them, or this one was changed after it was loaded: use another "
+            "`prior_samples_dir`."
+        )
+
+
+def _alone(prompt: Sequence[int], completion: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+    """A completion as a batch of its own."""
+    parts = {"prompt": prompt, "completion": completion}
+    ids = {f"{name}_ids": torch.tensor([list(part)], device=device) for name, part in parts.items()}
+    return ids | {f"{name}_mask": torch.ones(1, len(part), device=device) for name, part in parts.items()}
