@@ -42,8 +42,8 @@ def refuse_samples_of_another_model(trainer: Any, samples: PriorSamples, rows: S
     distance /= max(tokens, 1)
     if not distance <= TOLERANCE_OF_ROUNDING:
         raise PriorSamplesError(
-            f"The samples in {samples.folder} differ by {distance:.2g} nats per token from what this prior gives them, "
-            "so another model has drawn them, or this one was changed after it was loaded: use another "
+            f"The samples in {samples.folder} differ by {distance:.2g} nats per token from what this prior gives "
+            "them, so another model has drawn them, or this one was changed after it was loaded: use another "
             "`prior_samples_dir`."
         )
 
