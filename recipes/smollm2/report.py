@@ -102,11 +102,11 @@ def table(rows: dict[str, list[dict[str, Any]]], columns: dict[str, str]) -> str
     shown = [key for key in columns if any(key in run for runs in rows.values() for run in runs)]
     lines = [f"| | {' | '.join(columns[key] for key in shown)} |", f"|---{'|---:' * len(shown)}|"]
     for name, runs in rows.items():
-        cells = [
-            cell([run[key] for run in runs if key in run], key in ("valid", "names"))
-            + (" ?" if any(key in run["rough"] for run in runs) else "")
-            for key in shown
-        ]
+        cells = []
+        for key in shown:
+            found = [run for run in runs if key in run]
+            text = cell([run[key] for run in found], key in ("valid", "names"))
+            cells.append(text + (" ?" if any(key in run["rough"] for run in found) else ""))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
