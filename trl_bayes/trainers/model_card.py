@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+from transformers import PretrainedConfig, TrainerState
+from trl.trainer.utils import get_config_model_id
 
 from ..estimators import Estimator
 from ..targets import Target
@@ -57,7 +58,12 @@ def posterior_section(
 
 
 def add_section(
-    file: Path, estimator: Estimator, target: Target, args: PosteriorConfig, state: TrainerState, started_from: str
+    file: Path,
+    estimator: Estimator,
+    target: Target,
+    args: PosteriorConfig,
+    state: TrainerState,
+    model: PretrainedConfig,
 ) -> None:
     """Adds the section on the posterior to a model card that TRL has written, and names the model it started from."""
     section = posterior_section(
@@ -68,7 +74,7 @@ def add_section(
         [inexact.fixed_point for inexact in args.inexact],
     )
     card = with_section(file.read_text(encoding="utf-8"), section)
-    file.write_text(card.replace(_OF_NO_HUB, _named(started_from)), encoding="utf-8")
+    file.write_text(card.replace(_OF_NO_HUB, _named(get_config_model_id(model))), encoding="utf-8")
 
 
 def _named(path: str) -> str:

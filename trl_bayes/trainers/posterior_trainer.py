@@ -13,7 +13,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
-from trl.trainer.utils import get_config_model_id
 
 from ..estimators import Estimator, Terms
 from ..partitions import make_partition
@@ -348,5 +347,4 @@ class PosteriorTrainer(GRPOTrainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             card = Path(str(self.args.output_dir)) / "README.md"
-            started_from = get_config_model_id(self.model.config)
-            add_section(card, self.estimator, self.target, self.args, self.state, started_from)
+            add_section(card, self.estimator, self.target, self.args, self.state, self.model.config)
