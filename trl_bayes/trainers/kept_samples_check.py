@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..language_models.generation import evaluating
 from ..prior import PriorSamples, PriorSamplesError
@@ -15,7 +16,8 @@ def refuse_samples_of_another_model(trainer: Any, samples: PriorSamples, rows: S
     Compares the `log pi_0` that is kept of one completion of each of the first prompts with that of a forward pass.
 
     Samples are known by the files of the model that has drawn them. A model that was changed after it was loaded, such
-    as by merging an adapter into it, has the files of another. Every process must call it.
+    as by merging an adapter into it, has the files of another. A model whose weights are spread over processes
+    (ZeRO-3, FSDP) is not checked: its forward passes must come in the order of the first. Every process calls it.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): whose prior it is.
@@ -25,6 +27,8 @@ def refuse_samples_of_another_model(trainer: Any, samples: PriorSamples, rows: S
     Raises:
         PriorSamplesError: they differ by more than rounding; one sentence.
     """
+    if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
+        return
     prompts, images, _ = trainer._tokenize_prompts([row["prompt"] for row in rows[:NUM_CHECKED]])
     if images is not None or trainer.tools or trainer.rollout_func is not None:
         return  # what the model sees besides, or tokens that are not its own
