@@ -83,9 +83,9 @@ def _probability(verdict: Any) -> float:
         verdict = verdict.item()
     if isinstance(verdict, Integral) and not isinstance(verdict, bool) and verdict in (-1, 0, 1):
         return math.nan if verdict == -1 else 1.0 - float(verdict)
-    if isinstance(verdict, Real) and not isinstance(verdict, Integral):
-        if math.isnan(verdict) or 0 <= float(verdict) <= 1:
-            return float(verdict)
+    is_real = isinstance(verdict, Real) and not isinstance(verdict, Integral)
+    if is_real and (math.isnan(verdict) or 0 <= float(verdict) <= 1):
+        return float(verdict)
     raise ValueError(
         f"The judge returned {verdict!r}: return for each pair the probability that its first completion is better (a "
         "float from 0 to 1), or the index of the better one (0 or 1; -1 for none)."

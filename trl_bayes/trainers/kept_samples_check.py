@@ -21,7 +21,7 @@ def refuse_samples_of_another_model(trainer: Any, samples: PriorSamples, rows: S
 
     Args:
         trainer ([`~trl.GRPOTrainer`]): whose prior it is.
-        samples ([`~trl_bayes.prior.PriorSamples`]): that were there already.
+        samples ([`~trl_bayes.prior.PriorSamples`]): of which some may be there already.
         rows (`Sequence[dict]`): of the data, in the order of the samples.
 
     Raises:
@@ -32,18 +32,20 @@ def refuse_samples_of_another_model(trainer: Any, samples: PriorSamples, rows: S
     prompts, images, _ = trainer._tokenize_prompts([row["prompt"] for row in rows[:NUM_CHECKED]])
     if images is not None or trainer.tools or trainer.rollout_func is not None:
         return  # what the model sees besides, or tokens that are not its own
+    indices = [place * samples.num_samples for place in range(len(prompts))]
     missing = set(samples.missing().tolist())
-    first = {place * samples.num_samples: prompt for place, prompt in enumerate(prompts)}
-    first = {index: prompt for index, prompt in first.items() if index not in missing}
-    kept = samples.completions(torch.tensor(list(first), dtype=torch.int64))
+    found = {index: prompt for index, prompt in zip(indices, prompts, strict=True) if index not in missing}
+    if not found:
+        return
+    kept = samples.completions(torch.tensor(list(found)))
     prior = trainer.model if trainer.ref_model is None else trainer.ref_model
-    distance, tokens = 0.0, 0
+    distance = 0.0
     with as_prior(trainer), evaluating(prior):
-        for prompt, ids, log_prior in zip(first.values(), kept.completion_ids, kept.log_prior.tolist(), strict=True):
+        for prompt, ids, log_prior in zip(found.values(), kept.completion_ids, kept.log_prior.tolist(), strict=True):
             batch = _alone(prompt, ids, trainer.accelerator.device)
-            found = plain_log_probs(prior, batch, torch.tensor([0]), trainer.temperature)
-            distance, tokens = distance + abs(found.sum().item() - log_prior), tokens + len(ids)
-    distance /= max(tokens, 1)
+            own = plain_log_probs(prior, batch, torch.tensor([0]), trainer.temperature)
+            distance += abs(own.sum().item() - log_prior)
+    distance /= sum(len(ids) for ids in kept.completion_ids)
     if not distance <= TOLERANCE_OF_ROUNDING:
         raise PriorSamplesError(
             f"The samples in {samples.folder} differ by {distance:.2g} nats per token from what this prior gives "

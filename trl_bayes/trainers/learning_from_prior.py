@@ -120,7 +120,7 @@ def learn(trainer: Any, rows: RowsOfData, again: bool = False) -> PriorSamples:
         PriorSamplesError: as [`collect`] and [`fit`].
     """
     samples = prior_samples_of(trainer, rows)
-    if trainer.args.check_log_probs and len(samples.missing()) < len(samples):
+    if trainer.args.check_log_probs:
         refuse_samples_of_another_model(trainer, samples, rows.rows)
     collect(samples, rows, trainer._draw_prior, trainer._score_prior_samples, trainer)
     fit(trainer.target, trainer.partition, samples.scores(rows.keys, rows.multiplicity), again)
