@@ -25,6 +25,10 @@ def write_report(runs: Path, methods: list[str], splits: list[str], seeds: list[
     methods = [
         name for name in methods if all((of / slug(name) / "evaluation.json").exists() for of in folders.values())
     ]
+    if not methods:
+        raise SystemExit(
+            f"Nothing has been measured in {runs} on {' and '.join(splits)}: do the parts train and measure."
+        )
     rows = {split: read_rows(folder, methods, seeds, task) for split, folder in folders.items()}
     text = "\n\n".join(f"### {split}\n\n{table(rows[split], task['columns'])}" for split in splits) + "\n"
     (out / "results.md").write_text(text, encoding="utf-8")

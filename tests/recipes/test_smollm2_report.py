@@ -44,7 +44,10 @@ def test_each_method_has_seeds_of_its_own(tmp_path: Path) -> None:
             evaluated(runs / f"measured_{split}" / name, policies, 2 if len(found) == 3 else 4)
         for seed in found:
             trained(runs / f"{name}_{seed}", 50 if len(found) == 3 else 25)
-    command = [sys.executable, str(recipes / "study.py"), "json", "--parts", "report", "--runs", str(runs)]
+    command = [sys.executable, str(recipes / "study.py"), "json", "--parts", "report", "--runs"]
+    nothing = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, cwd=ROOT)
+    assert nothing.returncode == 1 and nothing.stderr.startswith("Nothing has been measured in ")
+    command.append(str(runs))
     subprocess.run([*command, "--seeds", "0", "5", "6", "7"], check=True, cwd=ROOT)
     text = (recipes / "json/results.md").read_text(encoding="utf-8")
     assert "| KL-RL (beta 0.1) | 100 % (100 to 100) | 2.50 (2.00 to 3.00) |" in text
