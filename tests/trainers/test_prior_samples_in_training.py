@@ -944,6 +944,14 @@ def test_an_exact_run_does_not_find_what_top_k_has_cut(make: Make, tmp_path: Pat
     assert len(prior_samples_of(cut, rows_of(cut)).missing()) == 0
 
 
+@pytest.mark.filterwarnings("ignore:`top_entropy_quantile=:UserWarning")
+def test_what_changes_the_objective_alone_shares_its_samples_with_exact_runs(make: Make, tmp_path: Path) -> None:
+    shared = {"partition": "prior_samples", "prior_samples_dir": str(tmp_path / "shared")}
+    make(config=shared, target=TILT).learn_from_prior()
+    other = make(config={**shared, "top_entropy_quantile": 0.5, "inexact_settings": "warn"}, target=TILT)
+    assert len(prior_samples_of(other, rows_of(other)).missing()) == 0
+
+
 def test_samples_of_what_a_model_was_before_it_changed_are_refused(make: Make, prior: Prior, tmp_path: Path) -> None:
     """It goes by the folder that it came from, as does a base into which an adapter was merged."""
 

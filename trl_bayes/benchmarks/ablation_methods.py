@@ -90,6 +90,8 @@ def methods() -> list[Method]:
         Method("KL-RL, Adam's beta2 .95", reverse, "policy_gradient", adam_beta2=0.95),
         Method("DPG, Adam's beta2 .95", forward, "importance", adam_beta2=0.95),
         Method("Jensen-Shannon, Adam's beta2 .95", middle, "score_function", adam_beta2=0.95),
+        Method("KL-RL, exact, Adam's beta2 .95", reverse, "exact", adam_beta2=0.95),
+        Method("DPG, exact, Adam's beta2 .95", forward, "exact", adam_beta2=0.95),
         Method("DPG, self-normalized Z", forward, "importance", self_normalized=True),
         Method("DPG, replay 3, self-normalized Z", forward, "importance", 3, self_normalized=True),
         Method("KL-RL, share of Rao-Blackwellized", reverse, "adaptive"),

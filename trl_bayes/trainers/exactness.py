@@ -87,6 +87,8 @@ class Inexact(NamedTuple):
     """One sentence: what is set, why it cannot be, and what to set instead."""
     fixed_point: str
     """One sentence: where training goes with it all the same."""
+    changes_samples: bool = False
+    """Whether completions are other than the model's: kept ones are then of no use to an exact run."""
 
 
 _NOT_USED = "It is not used: the fixed point is the posterior, without it."
@@ -100,7 +102,8 @@ def inexact_settings(args: GRPOConfig, scale_rewards: Any) -> list[Inexact]:
         args ([`~trl.GRPOConfig`]): checked by TRL.
         scale_rewards: as the user gave it, which TRL may have given another name.
     """
-    return [*_sampling(args), *_objectives(args, scale_rewards)]
+    sampling = (inexact._replace(changes_samples=True) for inexact in _sampling(args))
+    return [*sampling, *_objectives(args, scale_rewards)]
 
 
 def _sampling(args: GRPOConfig) -> Iterator[Inexact]:

@@ -100,7 +100,8 @@ def _draw_identity(trainer: Any, rewards: list[str | None]) -> DrawIdentity:
         parts.append(parameters_fingerprint(adapter))
     if trainer.rollout_func is not None:  # it may give the reward functions more than is kept
         parts += [callable_fingerprint(trainer.rollout_func), *rewards]
-    parts += [inexact.refusal for inexact in args.inexact]  # an exact run is not to find what these have cut
+    # An exact run is not to find what these have cut
+    parts += [inexact.refusal for inexact in args.inexact if inexact.changes_samples]
     once = broadcast_object_list([uuid.uuid4().hex])[0]
     weights, *tools = [once if part is None else part for part in parts]
     length = args.max_completion_length

@@ -89,6 +89,7 @@ def refuse_inexact_model_defaults(
             f"{what}, which changes the distribution that completions are sampled from, but not the one that is "
             f"scored: {advice} in `model.generation_config`.",
             f"{what}, with which the policy is corrected only where it is sampled.",
+            changes_samples=True,
         )
         if args.inexact_settings == "refuse":
             raise ValueError(inexact.refusal)
