@@ -6,7 +6,7 @@ per-sequence log-probabilities in nats. With `P(y|x) = pi_0(y|x) exp(phi(x, y))`
     log w_i = log P(y_i) - log q(y_i),    Z_hat = mean_i w_i.
 
 `valid` is a boolean mask `(P, G)`: completions that no reward function scored are absent from every sum. Nothing here
-knows a model or a trainer, and every function is checked against exact enumeration in `tests/test_groups.py`.
+knows a model or a trainer.
 """
 
 import math
@@ -85,12 +85,12 @@ def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.T
 
     Args:
         log_target (`torch.Tensor`):
-            `log P = log pi_0 + phi` of shape `(P, G)`; `-inf` outside the posterior's support.
+            `log P = log pi_0 + phi` of any shape, such as `(P, G)`; `-inf` outside the posterior's support.
         log_proposal (`torch.Tensor`):
-            `log q` of the distribution that the completions were sampled from, shape `(P, G)`.
+            `log q` of the distribution that the completions were sampled from, of the same shape.
 
     Returns:
-        `torch.Tensor`: shape `(P, G)`.
+        `torch.Tensor`: of the same shape.
     """
     return log_target - log_proposal
 

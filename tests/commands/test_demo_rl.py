@@ -258,6 +258,8 @@ def refused(recipe: dict[str, Any], refusal: Refused, monkeypatch: pytest.Monkey
         ("clone", {"packing": True}, "`packing`"),
         ("clone", {"assistant_only_loss": True}, "`assistant_only_loss` in the section `clone` would clone other"),
         ("clone", {"completion_only_loss": False}, "`completion_only_loss` in the section `clone` would clone other"),
+        ("clone", {"loss_type": "dft"}, "`loss_type`, `label_smoothing_factor` and `neftune_noise_alpha` in"),
+        ("clone", {"label_smoothing_factor": 0.1}, "would make it another clone than the likeliest"),
         ("clone", {"max_length": 4}, "`max_length=4` in the section `clone` cuts some demonstrations: set it to null"),
         ("rl", {"trainer": "XPOTrainer", "num_generations": 3}, "`num_generations=3` is odd"),
         ("rl", {"eval_strategy": "steps", "eval_steps": 1}, "The data has no split 'test': it has ['train']"),

@@ -1,5 +1,7 @@
 """What trains is evaluated and sampled by the same recipe: the same models, loaded in the same way, and folders."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.helpers.one_recipe import MCMC, MODULE, Seen, evaluated, recipe_in, sample_settings
+from tests.helpers.training import lora
 from trl_bayes.evaluation.files import read_report
+from trl_bayes.language_models.adapters import base_of_adapter
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +225,39 @@ def test_a_reward_model_of_a_revision_that_is_not_there(recipe: dict[str, Any], 
         refusal("sample", recipe),
     }
     assert len(said) == 1 and said.pop().startswith("`reward_funcs`: the model 'nope/nope' cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "is a language model (LlamaForCausalLM), whose reward would",
+        ),
+        (
+            {"id2label": {"0": "bad", "1": "good"}},
+            "has 2 labels and a reward is one number: use the reward",
+        ),
+    ],
+)
+def test_a_head_that_gives_no_reward(
+    changes: dict[str, Any], message: str, recipe: dict[str, Any], refusal: Callable[..., str], tiny_models: Any
+) -> None:
+    """A language model in place of a reward model gets a head of random weights, another one in each command."""
+    folder = shutil.copytree(tiny_models.reward, "other_head")
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    recipe |= {"reward_funcs": ["other_head"], "method": "prior"}
+    plain = {key: value for key, value in recipe.items() if key != "method"}
+    assert all(message in refusal(command, given) for command, given in (("kl-rl", plain), ("sample", recipe)))
+
+
+def test_an_adapter_with_the_configuration_of_its_base(tiny_models: Any, tmp_path: Path) -> None:
+    """Some tools write both; it is an adapter all the same."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_models.policy), lora())
+    model.save_pretrained(tmp_path / "adapter")
+    assert base_of_adapter(str(tmp_path / "adapter")) == tiny_models.policy
+    shutil.copy(Path(tiny_models.policy) / "config.json", tmp_path / "adapter")
+    assert base_of_adapter(str(tmp_path / "adapter")) == tiny_models.policy
+    shutil.copy(Path(tiny_models.policy) / "model.safetensors", tmp_path / "adapter")
+    assert base_of_adapter(str(tmp_path / "adapter")) is None

@@ -26,6 +26,9 @@ def test_weights_in_a_folder(tmp_path: Path) -> None:
     assert first == weights_fingerprint(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(bytes(2_999_999) + b"1")
     assert first != weights_fingerprint(str(tmp_path))
+    for place in (100_000, 1_234_567):  # one matrix may be all that differs
+        (tmp_path / "model.safetensors").write_bytes(bytes(place) + b"1" + bytes(2_999_999 - place))
+        assert first != weights_fingerprint(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert weights_fingerprint(str(tmp_path)) is not None
 
@@ -98,3 +101,12 @@ def test_files_and_folders(tmp_path: Path, tiny_models: Any) -> None:
     before = path_fingerprint(str(tmp_path / "file"))
     (tmp_path / "file").write_text("b")
     assert path_fingerprint(str(tmp_path / "file")) not in (None, before)
+
+
+def test_quantized_weights_are_others(tiny_models: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.policy)
+    plain = model_fingerprint(tiny_models.policy, model)
+    model.config.quantization_config = {"load_in_4bit": True}
+    four = model_fingerprint(tiny_models.policy, model)
+    model.config.quantization_config = {"load_in_4bit": False, "load_in_8bit": True}
+    assert len({plain, four, model_fingerprint(tiny_models.policy, model)}) == 3

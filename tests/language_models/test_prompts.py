@@ -144,3 +144,32 @@ def test_a_call_of_a_tool_has_no_content() -> None:
 
 def test_processors_are_not_asked_for_tokens() -> None:
     check(["a" * 100, [{"role": "user", "content": [{"type": "text", "text": "a"}]}]], object())
+
+
+ROPE = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [1.0, 4.0],
+        "original_max_position_embeddings": 12,
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("dynamic", 24), ("longrope", 12)])
+def test_frequencies_that_depend_on_the_length(kind: str, limit: int, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    """A token is sampled with those of the length so far, and scored with those of the whole length."""
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=ROPE[kind]))
+    prompt = "a" * 5
+    number = len(chat_tokenizer(prompt)["input_ids"])
+    check_prompts([prompt], chat_tokenizer, model, max_completion_length=limit - number)
+    with pytest.raises(ValueError, match=f"the model's {limit} positions, behind which its RoPE scaling depends on"):
+        check_prompts([prompt], chat_tokenizer, model, max_completion_length=limit - number + 1)
+
+
+def test_a_prompt_that_ends_with_the_assistant(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.warns(UserWarning, match="TRL begins a new turn behind it"):
+        check_prompts([turns], chat_tokenizer, MODELS["llama"](), max_completion_length=4)

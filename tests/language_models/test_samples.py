@@ -153,7 +153,8 @@ def test_rewards(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     rewards = score([with_column, later], samples, tokenizer, {"bonus": [0, 1, 2, 3]})
     assert calls == [([TASK.prompts[i // 3] for i in range(12)], samples.texts, samples.completion_ids)]
     assert rewards[:, 0].tolist() == [i // 3 for i in range(12)]
-    assert rewards[:3, 1].isnan().all()
+    assert rewards[0, 1].isnan() and rewards[1, 1] == math.inf and rewards[2, 1].isnan()
+    assert samples.with_known(rewards=rewards).rewards[1].isnan().all()
     assert rewards[3:, 1].tolist() == [len(text) for text in samples.texts[3:]]
 
 

@@ -220,3 +220,15 @@ def test_a_model_in_memory_only(loaded: Loaded, tmp_path: Path, drawn: list[int]
         model.config._name_or_path = ""
         sample_prior(prior(loaded, model=model), TASK.prompts, [], 8, folder=tmp_path)
     assert sum(drawn) == 2 * 4 * 8
+
+
+def test_others_are_drawn_where_a_policy_was_trained_on_them(loaded: Loaded, tmp_path: Path) -> None:
+    """Which the policy has learned, so that they would say it is nearer to the posterior than it is."""
+    first = sample_prior(prior(loaded), TASK.prompts, [count_a], 20, folder=tmp_path)
+    again = sample_prior(prior(loaded), TASK.prompts, [count_a], 20, folder=tmp_path)
+    assert again.completion_ids == first.completion_ids
+    (kept,) = tmp_path.iterdir()
+    (kept / "trained_on.json").write_text('{"trainer": "DPGTrainer"}')
+    others = sample_prior(prior(loaded), TASK.prompts, [count_a], 20, folder=tmp_path)
+    assert others.completion_ids != first.completion_ids
+    assert sample_prior(prior(loaded), TASK.prompts, [count_a], 20, folder=tmp_path).texts == others.texts

@@ -21,6 +21,7 @@ from trl_bayes.rewards.calling import (
     refuse_same_names,
     reward_name,
     reward_names,
+    without_infinite,
 )
 
 
@@ -91,8 +92,16 @@ def test_every_kind_is_called() -> None:
 
 def test_infinity_and_none_are_no_reward() -> None:
     values = [None, math.inf, -math.inf, math.nan, torch.tensor(2.0)]
-    scores = call_rewards([lambda **kwargs: values], [""] * 5, [""] * 5, [[]] * 5)[:, 0]
-    assert scores[:4].isnan().all() and scores[4] == 2
+    scores = call_rewards([lambda **kwargs: values], [""] * 5, [""] * 5, [[]] * 5)
+    usable, infinite = without_infinite(scores)
+    assert usable[:4].isnan().all() and usable[4] == 2
+    assert infinite.tolist() == [False, True, True, False, False]
+
+
+def test_what_one_function_forbids_is_not_judged_by_the_others() -> None:
+    usable, _ = without_infinite(torch.tensor([[1.0, -math.inf], [0.2, 0.0], [0.5, math.nan]]))
+    assert usable[0].isnan().all()
+    assert usable[1].tolist() == pytest.approx([0.2, 0.0]) and usable[2, 0] == 0.5
 
 
 def test_columns_of_any_name() -> None:

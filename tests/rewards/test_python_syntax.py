@@ -169,21 +169,21 @@ def test_the_prompt_is_part_of_the_line():
 
 def test_conversations_are_judged_by_what_the_assistant_says():
     user = {"role": "user", "content": "Write ( a line"}
-    prefill = {"role": "assistant", "content": "x = "}
+    before = {"role": "assistant", "content": "x = "}  # of an earlier turn: TRL begins another
     blocks = [{"type": "text", "text": "x"}, {"type": "image"}, {"type": "text", "text": " = 1"}]
     tool = {"role": "tool", "content": "("}
-    prompts = [[user], [user, prefill], [user], [user], [user], [user], []]
+    prompts = [[user], [user, before], [user], [user], [user], [user], []]
     completions = [
         [{"role": "assistant", "content": "x = 1"}],
-        [{"role": "assistant", "content": "2"}],
+        [{"role": "assistant", "content": "y ="}],
         [{"role": "assistant", "content": blocks}],
         [{"role": "assistant", "content": None, "tool_calls": []}],
         [{"role": "assistant"}, tool, {"role": "assistant", "content": "return x"}],
         [],
         [{"role": "assistant", "content": "x ="}],
     ]
-    assert parses(prompts=prompts, completions=completions) == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
-    assert max_length(4)(prompts, completions) == [0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+    assert parses(prompts=prompts, completions=completions) == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+    assert max_length(4)(prompts, completions) == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
 
 
 def test_a_completion_without_text_is_empty():

@@ -47,6 +47,7 @@ def make(folders: dict[str, str], tmp_path: Path) -> Make:
             "num_generations": 4,
             "per_device_train_batch_size": 16,
             "max_completion_length": TASK.max_completion_length,
+            "router_aux_loss_coef": 0.0,
         }
         if row.takes_target is False:
             del defaults["beta"]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from trl_bayes.divergences import get_divergence
 from trl_bayes.estimators import ImportanceWeights, PolicyGradient, ScoreFunction
@@ -11,7 +12,7 @@ from trl_bayes.estimators.base import Estimator
 from trl_bayes.groups import Group
 from trl_bayes.partitions import LeaveOneOut, LogZ, Partition, Running
 from trl_bayes.targets import Constraint, Target, Tilt
-from trl_bayes.trainers.metrics import group_metrics
+from trl_bayes.trainers.metrics import group_metrics, loss_metrics, token_kl
 
 
 OF_Z = {"posterior/log_z", "posterior/ess", "posterior/reverse_kl", "posterior/forward_kl"}
@@ -147,3 +148,34 @@ def test_distances_next_to_the_posterior_are_sharp() -> None:
     forward = (log_posterior.exp() * (log_posterior - log_policy)).sum().item()
     assert metrics["posterior/reverse_kl"] == pytest.approx(reverse, rel=0.5)
     assert metrics["posterior/forward_kl"] == pytest.approx(forward, rel=0.5)
+
+
+def test_pseudo_rewards_of_a_batch() -> None:
+    """Of what has a reward: `log pi_0 + phi - log pi` of KL-RL, `-f'(t)` of f-DPG."""
+    log_policy, log_prior = torch.tensor([[-1.0, -2.0, -3.0, -1.5]]), torch.tensor([[-1.5, -1.0, -2.0, -4.0]])
+    group = Group(log_policy, log_policy, log_prior, torch.tensor([[0.5, 2.0, -1.0, math.nan]]))
+    metrics = logged(group, LeaveOneOut(), estimator=PolicyGradient(get_divergence("reverse_kl")))
+    assert metrics["posterior/pseudo_reward_mean"] == pytest.approx((0 + 3 + 0) / 3)
+    assert metrics["posterior/pseudo_reward_std"] == pytest.approx(math.sqrt(2))
+    metrics = logged(group, LeaveOneOut(), estimator=ScoreFunction(get_divergence("reverse_kl")))
+    z = LeaveOneOut().log_z(group).of_completion[0].tolist()
+    rewards = [0 - z[0] - 1, 3 - z[1] - 1, 0 - z[2] - 1]
+    mean = sum(rewards) / 3
+    assert metrics["posterior/pseudo_reward_mean"] == pytest.approx(mean, rel=1e-5)
+    spread = math.sqrt(sum((each - mean) ** 2 for each in rewards) / 3)
+    assert metrics["posterior/pseudo_reward_std"] == pytest.approx(spread, rel=1e-5)
+
+
+def test_kl_and_entropy_are_means_over_the_policys_tokens() -> None:
+    policy, prior = (
+        torch.tensor([[-1.0, -2.0, -9.0], [-0.5, -3.0, -1.0]]),
+        torch.tensor([[-1.5, -1.0, 0.0], [-2.0, -3.0, -2.5]]),
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    output = {"ref_per_token_logps": prior, "completion_mask": mask}
+    differences = [-0.5, 1.0, -1.5, 0.0, -1.5]
+    expected = sum(math.exp(each) - each - 1 for each in differences) / 5
+    assert token_kl(policy, output, Accelerator(cpu=True))["kl"] == pytest.approx(expected, rel=1e-5)
+    entropies, capped = torch.tensor([[1.0, 2.0, 50.0], [3.0, 4.0, 5.0]]), torch.tensor([True, False])
+    metrics = loss_metrics(entropies, mask, capped, Accelerator(cpu=True))
+    assert metrics == {"entropy": pytest.approx(3.0), "posterior/capped_frac": pytest.approx(0.5)}

@@ -276,5 +276,5 @@ def test_a_prior_that_cannot_be_sampled(make: Make, prior: EnumeratedPrior) -> N
         make(train_dataset=stream)
     trainer = make()
     trainer._is_vlm = True
-    with pytest.raises(ValueError, match="vision-language"):
+    with pytest.raises(ValueError, match="`prior_fraction=.*` keeps completions as text, without their images"):
         refuse_data(trainer, [])

@@ -439,6 +439,7 @@ def test_with_a_judge_rewards_are_logged_only(make: Make, prior: EnumeratedPrior
         ({"num_generations_eval": 1}, "`num_generations_eval=1` is odd"),
         ({"per_device_train_batch_size": 15}, "`per_device_train_batch_size=15` is odd"),
         ({"per_device_eval_batch_size": 5, "eval_strategy": "steps"}, "`per_device_eval_batch_size=5` is odd"),
+        ({"pseudo_reward_cap": 2.0}, "`pseudo_reward_cap=2.0` has no use here"),
         ({"loss_type": "dapo"}, "`loss_type='dapo'` is no loss of a preference: use one of"),
         ({"alpha": []}, r"`alpha=\[\]` must be a number of 0 or more"),
         ({"alpha": [0.1, -0.1]}, r"`alpha=\[0.1, -0.1\]` must be"),

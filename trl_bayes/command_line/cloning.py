@@ -202,6 +202,11 @@ def check_clone(recipe: DemonstrationRecipe) -> tuple[Dataset, Dataset, str]:
         raise ValueError(
             "`packing` in the section `clone` would let a completion see others, which stage 2 does not: leave it out."
         )
+    if training.loss_type != "nll" or training.label_smoothing_factor > 0 or training.neftune_noise_alpha is not None:
+        raise ValueError(
+            "`loss_type`, `label_smoothing_factor` and `neftune_noise_alpha` in the section `clone` would make it "
+            "another clone than the likeliest, which the floor is about: leave them out."
+        )
     if training.completion_only_loss is False or training.assistant_only_loss:
         setting = "assistant_only_loss" if training.assistant_only_loss else "completion_only_loss"
         raise ValueError(

@@ -44,7 +44,8 @@ def load_data(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
     except StopIteration:
         raise ValueError(f"The data set {name!r} cannot be loaded (a file is empty).") from None
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"The data set {name!r} cannot be loaded ({first_sentence(error)}).") from None
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+        raise ValueError(f"The data set {name!r} cannot be loaded ({first_sentence(cause)}).") from None
 
 
 def _load_named(script: TrainingScriptArguments) -> Any:

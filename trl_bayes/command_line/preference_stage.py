@@ -12,6 +12,7 @@ from ..language_models.completions import Completions
 from ..language_models.samples import sample, score
 from ..language_models.settings import SamplingSettings
 from ..rewards import build_rewards
+from ..rewards.calling import without_infinite
 from ..targets.base import weighted_sum
 from .arguments import Arguments
 from .cloning import load_jsonl, release_memory, write_rows
@@ -122,7 +123,7 @@ def draw_preferences(
     tokenizer = load_tokenizer(str(clone), {})
     repeated = [prompts[place % len(prompts)] for place in range(args.num_pairs)]
     drawn = sample(policy, tokenizer, repeated, 2, SamplingSettings(args.max_completion_length, seed=training.seed))
-    rewards = score(preference_functions(args), drawn, tokenizer)  # (2 * pairs, K)
+    rewards, _ = without_infinite(score(preference_functions(args), drawn, tokenizer))  # (2 * pairs, K)
     weights = torch.tensor(args.preference_weights or [1.0] * rewards.size(1), dtype=torch.float64)
     worth = weighted_sum(rewards, weights).view(-1, 2)  # (pairs, 2); NaN where no function says anything
     rows = pairs(drawn, worth)

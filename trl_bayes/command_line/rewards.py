@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..rewards import build_rewards
-from ..rewards.calling import reward_names
+from ..rewards.calling import refuse_other_heads, reward_name, reward_names
 from ..rewards.reward_model import RewardModel
 from .arguments import Arguments, TrainingScriptArguments
 from .models import find_config, loading_arguments
@@ -28,7 +28,7 @@ def find_rewards(script: TrainingScriptArguments) -> tuple[list[Any], list[str]]
 
 def check_reward_models(rewards: Sequence[Any], arguments: Arguments) -> None:
     """
-    Refuses reward models that are not there.
+    Refuses reward models that are not there, or whose head gives no reward.
 
     Raises:
         ValueError: one sentence.
@@ -36,7 +36,13 @@ def check_reward_models(rewards: Sequence[Any], arguments: Arguments) -> None:
     settings = loading_arguments(arguments.model, arguments.training)
     for name in rewards:
         if isinstance(name, str):  # TRL loads it with `model_init_kwargs`, the policy's revision included
-            find_config("reward_funcs", name, arguments.training.trust_remote_code, settings["revision"])
+            config = find_config("reward_funcs", name, arguments.training.trust_remote_code, settings["revision"])
+            refuse_other_heads(config, reward_name(name))
+            if (labels := getattr(config, "num_labels", 1)) != 1:
+                raise ValueError(
+                    f"The reward model {name!r} has {labels} labels and a reward is one number: use the reward "
+                    "`classified_as`, which takes the probability of a label."
+                )
 
 
 def load_reward_models(rewards: Sequence[Any], arguments: Arguments, device: torch.device) -> list[Any]:

@@ -119,7 +119,7 @@ def _check_posterior_state(checkpoint: Path, trainer_class: type[PosteriorTraine
     """What the trainer itself refuses when it resumes, said before any model is loaded."""
     if state_file(checkpoint, 0).is_file():
         state = torch.load(state_file(checkpoint, 0), weights_only=True)
-        check_same_run(state, run_identity(trainer_class, build_target(args.target, args.beta or None)))
+        check_same_run(state, run_identity(trainer_class, build_target(args.target, args.beta or None), args))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

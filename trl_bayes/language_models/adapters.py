@@ -6,6 +6,10 @@ from pathlib import Path
 from transformers.utils import find_adapter_config_file
 
 
+_WHOLE = ("model*.safetensors", "pytorch_model*.bin")
+"""Weights of a model that is whole; an adapter's folder may have the base model's `config.json`."""
+
+
 def base_of_adapter(name: str, revision: str = "main") -> str | None:
     """
     The base model of an adapter; `None` for a model that is whole.
@@ -18,6 +22,6 @@ def base_of_adapter(name: str, revision: str = "main") -> str | None:
         OSError, ValueError, KeyError: it has a configuration that cannot be read, or that names no base model.
     """
     file = find_adapter_config_file(name, revision=revision)
-    if file is None or (Path(name) / "config.json").is_file():
+    if file is None or any(any(Path(name).glob(weights)) for weights in _WHOLE):
         return None
     return str(json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..rewards.calling import without_infinite
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,7 +105,13 @@ class Completions:
         return self.known[name]
 
     def with_known(self, **numbers: Tensor) -> "Completions":
-        """The same completions with more numbers, `(N, ...)` each, or with others in their place."""
+        """
+        The same completions with more numbers, `(N, ...)` each, or with others in their place.
+
+        Of `rewards` those are left out that [`~trl_bayes.rewards.calling.without_infinite`] leaves out.
+        """
+        if "rewards" in numbers:
+            numbers["rewards"], _ = without_infinite(numbers["rewards"])
         return replace(self, known={**self.known, **numbers})
 
     @property

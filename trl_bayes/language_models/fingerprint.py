@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,6 @@ import torch
 
 
 _WEIGHTS = ("*.safetensors", "*.bin")
-_PARTS = 16  # of each file that are read, evenly spread
-_PART_SIZE = 65_536  # bytes
 _ELEMENTS = 64  # of each tensor that are read, evenly spread, besides the sum of all
 # Of a configuration: where it came from and how it is loaded, which say nothing of what the model computes
 _ABOUT_LOADING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -22,9 +22,8 @@ def weights_fingerprint(model_id: str) -> str | None:
     """
     A fingerprint of the model in a local folder; `None` for a model of the Hub, whose commit says the same.
 
-    It reads the configuration, the size of each file of weights and 16 parts of it, not the whole: training changes
-    all of a matrix a little, so it shows in any part, and a model of many gigabytes is still read in a moment. An
-    adapter has its base model in its fingerprint.
+    It reads the configuration and all weights, several files at a time and each once in a process, since two models
+    may differ in a single matrix. An adapter has its base model in its fingerprint.
 
     Args:
         model_id (`str`): folder, or id on the Hub.
@@ -33,8 +32,9 @@ def weights_fingerprint(model_id: str) -> str | None:
     if not files:
         return None
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {_file_digest(file)} ".encode())
+    with ThreadPoolExecutor() as pool:
+        for file, own in zip(files, pool.map(_file_digest, files), strict=True):
+            digest.update(f"{file.name} {own} ".encode())
     for name in ("config.json", "adapter_config.json"):
         config = _read_config(Path(model_id) / name)
         digest.update(json.dumps(plain_config(config), sort_keys=True).encode())
@@ -53,14 +53,20 @@ def model_fingerprint(model_id: str, model: torch.nn.Module) -> str | None:
 
     Returns:
         `str`, *optional*: by the files of a folder; else by the commit on the Hub; else by the parameters themselves.
-            `None` if these are not all on this process.
+            `None` if these are not all on this process. Weights that are quantized are others.
     """
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return (
+    config = getattr(model, "config", None)
+    commit = getattr(config, "_commit_hash", None)
+    found = (
         weights_fingerprint(model_id)
         or (f"{model_id}@{commit}" if commit else None)
         or parameters_fingerprint(dict(model.named_parameters()))
     )
+    quantization = getattr(config, "quantization_config", None)
+    if found is None or quantization is None:
+        return found
+    settings = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    return f"{found} {hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]}"
 
 
 def parameters_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str | None:
@@ -107,10 +113,12 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _file_digest(file: Path) -> str:
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    found = file.stat()
+    return _digest_of(file.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _digest_of(file: Path, size: int, changed: int) -> str:
+    """Of a file's content, which is read again if its size or the time of its last change is another."""
     with file.open("rb") as content:
-        for part in range(_PARTS):
-            content.seek(part * max(size - _PART_SIZE, 0) // (_PARTS - 1))
-            digest.update(content.read(_PART_SIZE))
-    return digest.hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()

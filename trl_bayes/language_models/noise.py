@@ -35,6 +35,16 @@ def disable_noise(model: torch.nn.Module) -> None:
             module.config = quiet[id(config)]
 
 
+def adds_noise(model: torch.nn.Module) -> bool:
+    """
+    Whether a model drops anything in training mode, as far as its modules say it, those of adapters included.
+
+    Args:
+        model (`torch.nn.Module`): a language model, with or without adapters.
+    """
+    return any((isinstance(module, _DropoutNd) and module.p > 0) or _rates(vars(module)) for module in model.modules())
+
+
 def _is_saved(module: torch.nn.Module) -> bool:
     """Whether it is a model whose configuration is written to disk: the one that has a generation configuration."""
     return "generation_config" in vars(module)

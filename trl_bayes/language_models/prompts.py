@@ -1,5 +1,6 @@
 """What a prompt must be for a model to continue it: checked for all prompts before anything is generated."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -47,8 +48,8 @@ def check_prompts(
     Refuses prompts that cannot be continued to the length asked for.
 
     A prompt must be a text or messages, have tokens, and, if it is one of messages, a chat template to be written by.
-    With its completion it must fit into the positions of a model that has a table of them (GPT-2, OPT); others, with
-    rotary positions for instance, have no such limit.
+    With its completion it must fit into the positions of a model that has a table of them (GPT-2, OPT), or whose
+    rotary positions are scaled by the length of what is read; others have no such limit.
 
     Args:
         prompts (`Iterable`): texts, or lists of messages.
@@ -60,10 +61,15 @@ def check_prompts(
     Raises:
         ValueError: one sentence.
     """
-    positions = number_of_positions(model)
+    positions, before_scaling = number_of_positions(model), positions_before_scaling(model)
+    if before_scaling is not None:
+        positions = before_scaling
+    of = "" if before_scaling is None else ", behind which its RoPE scaling depends on the length"
     room = None if positions is None else positions - max_completion_length
+    prefilled = False
     for prompt in prompts:
         check_prompt(prompt)
+        prefilled |= not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             continue
         if not isinstance(prompt, str) and tokenizer.chat_template is None:
@@ -77,9 +83,15 @@ def check_prompts(
         if room is not None and number > room:
             raise ValueError(
                 f"A prompt of {number} tokens and a completion of `max_completion_length={max_completion_length}` do "
-                f"not fit into the model's {positions} positions: lower `max_completion_length`, or shorten the "
+                f"not fit into the model's {positions} positions{of}: lower `max_completion_length`, or shorten the "
                 "prompt or leave it out."
             )
+    if prefilled:
+        warnings.warn(
+            "A prompt ends with a message of the assistant. TRL begins a new turn behind it, and does not go on in "
+            "it: leave the message out, or write the prompt as a text.",
+            stacklevel=2,
+        )
 
 
 def number_of_positions(model: torch.nn.Module) -> int | None:
@@ -94,6 +106,29 @@ def number_of_positions(model: torch.nn.Module) -> int | None:
         if is_of_positions and len(shape) > 1 and declared <= shape[0] < 2 * declared:
             return int(declared)
     return None
+
+
+def positions_before_scaling(model: torch.nn.Module) -> int | None:
+    """
+    How many tokens a model reads before it turns to other rotary frequencies; `None` for one that never does.
+
+    With `dynamic` and `longrope` scaling they depend on the length of what is read. Beyond this number a completion is
+    sampled with those of each length that it goes through, and scored with those of its whole length.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(each for each in rope.values() if isinstance(each, Mapping)),
+    ]  # one, or one for each kind of layer
+    limits = [
+        each.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for each in kinds
+        if each.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
 
 
 def _may_be_wrong(prompt: Any, room: int | None) -> bool:

@@ -1,6 +1,5 @@
 """Samples of a language model, and their rewards."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,7 +80,8 @@ def score(
 
     Returns:
         `torch.Tensor`: (N, K) float64, rounded to single precision as in training; NaN where a function returned
-            `None`, NaN or infinity.
+            `None` or NaN. Infinite ones, which some are in single precision only, are for
+            [`~trl_bayes.rewards.calling.without_infinite`].
 
     Raises:
         ValueError: a column without an entry for each prompt, or a function that returns another number of rewards.
@@ -99,4 +99,4 @@ def score(
         samples.completion_ids,
         {name: [column[i] for i in index] for name, column in (columns or {}).items()},
     ).float()
-    return rewards.masked_fill(rewards.isinf(), math.nan).double()  # some are too large for single precision
+    return rewards.double()

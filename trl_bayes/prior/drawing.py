@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from .samples import Draw, PriorSamples, Work
 from .store import KeptCompletions, PriorSamplesError
 
 
+_TO_ANOTHER_SEED = 1_000_003  # far from those that people choose
 MOVED = 0.02
 """Nats per token from the prior: more than rounding, much less than another model."""
 
@@ -34,7 +35,8 @@ class PriorKeeper:
 
     What a training run has kept in its `prior_samples_dir` is found if it is of the same model, prompts, temperature,
     length, stop tokens and seed; what is missing is drawn and added, for the next training too. Kept completions are
-    scored under this model again, in its own precision.
+    scored under this model again, in its own precision. Those on which a policy was trained (`prior_fraction`, XPO)
+    say nothing of how near it is to others, so samples of another seed are taken instead.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): pi_0.
@@ -72,15 +74,11 @@ class PriorKeeper:
             {"prompt": prompt, **{name: values[i] for name, values in self.columns.items()}}
             for i, prompt in enumerate(self.prompts)
         ]
-        kept = PriorSamples(
-            folder,
-            self._identity(),
+        keys = [
             torch.tensor([prompt_key(ids) for ids in self._prompt_ids], dtype=torch.int64),
             torch.tensor([row_key(row) for row in rows], dtype=torch.int64),
-            rewards=[callable_fingerprint(function) for function in self.reward_funcs],
-            num_samples=num_per_prompt,
-            chunk_size=self.settings.batch_size,
-        )
+        ]
+        kept = self._untrained(folder, keys, num_per_prompt)
         missing = kept.missing()
         work = Work(progress=self.settings.progress, what=self.what)
         kept.collect(self._draw, self._score, range(len(self.prompts)), work)
@@ -89,6 +87,25 @@ class PriorKeeper:
         completions = self._completions(places.repeat_interleave(num_per_prompt), found)
         log_prior = self._in_own_precision(kept, completions, found.log_prior, missing)
         return completions.with_known(log_prior=log_prior, rewards=scores.rewards.flatten(0, 1))
+
+    def _untrained(
+        self, folder: str | os.PathLike[str], keys: Sequence[torch.Tensor], num_per_prompt: int
+    ) -> PriorSamples:
+        """What is kept by the seed of the settings, or the first one after it on which no policy was trained."""
+        identity = self._identity()
+        rewards = [callable_fingerprint(function) for function in self.reward_funcs]
+        while True:
+            kept = PriorSamples(
+                folder,
+                identity,
+                *keys,
+                rewards=rewards,
+                num_samples=num_per_prompt,
+                chunk_size=self.settings.batch_size,
+            )
+            if not kept.is_trained_on:
+                return kept
+            identity = replace(identity, seed=identity.seed + _TO_ANOTHER_SEED)
 
     def _identity(self) -> DrawIdentity:
         name = self.name or self.model.config._name_or_path

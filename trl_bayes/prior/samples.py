@@ -1,6 +1,5 @@
 """Samples of the prior, drawn once and kept on disk, with the rewards of whatever functions have scored them."""
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -111,6 +110,20 @@ class PriorSamples:
     def folder(self) -> Path:
         """Where the files of this draw are."""
         return self._store.folder
+
+    @property
+    def is_trained_on(self) -> bool:
+        """Whether a policy has been trained on these completions: it is then to be measured by others."""
+        return self._store.is_trained_on
+
+    def mark_as_trained_on(self, trainer: str) -> None:
+        """
+        Remembers in the folder that a policy is trained on these completions, for those who measure it later.
+
+        Args:
+            trainer (`str`): its class, for whoever reads it.
+        """
+        self._store.mark_as_trained_on(trainer)
 
     # ---------------------------------------------------------------------------------------------------------------
     # What is there
@@ -304,7 +317,7 @@ class PriorSamples:
                 "call `collect` first."
             )
         shape = (len(self.prompt_keys), self.num_samples)
-        rewards = rewards.masked_fill(rewards.isinf(), math.nan).view(*shape, len(self.reward_fingerprints)).to(dtype)
+        rewards = rewards.view(*shape, len(self.reward_fingerprints)).to(dtype)
         log_prior = index.log_prior[places].view(shape).to(dtype)
         return PriorScores(rewards, log_prior, keys, torch.ones(len(keys)) if multiplicity is None else multiplicity)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..groups import effective_sample_size, pooled_log_z
+from ..rewards.calling import without_infinite
 from ..statistics.log_z import log_z_variance
 from .context import Context, LogPotential
 
@@ -33,8 +34,8 @@ class PriorScores:
     """
     `N` samples of the prior for each of `P` prompts, with the `K` rewards of each.
 
-    A prompt with fewer samples, or a sample that could not be scored, is filled up with `NaN`. An infinite reward
-    counts as missing, as it does in training. The tensors are kept on the CPU.
+    A prompt with fewer samples, or a sample that could not be scored, is filled up with `NaN`. A sample with an
+    infinite reward is left out, as it is in training. The tensors are kept on the CPU.
 
     Args:
         rewards (`torch.Tensor`): shape `(P, N, K)`; `NaN` where a reward is missing.
@@ -86,7 +87,7 @@ class PriorScores:
         for name in ("rewards", "log_prior", "keys", "multiplicity", "log_weights", "scored"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, values.detach().cpu())
-        object.__setattr__(self, "rewards", self.rewards.masked_fill(self.rewards.isinf(), torch.nan))
+        object.__setattr__(self, "rewards", without_infinite(self.rewards)[0])
 
     def context(self, prompt: int) -> Context:
         """The context of one prompt's samples."""

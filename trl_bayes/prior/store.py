@@ -17,6 +17,7 @@ from .identity import DrawIdentity, stable_hash
 
 
 _SETTINGS_FILE = "settings.json"
+_TRAINED_ON = "trained_on.json"
 _SAMPLES = pa.schema(
     [
         ("prompt_key", pa.int64()),
@@ -80,7 +81,8 @@ class RewardIndex(NamedTuple):
 
 class SampleStore:
     """
-    A folder of one draw of the prior: `samples-*.parquet`, `rewards-*.parquet` and `settings.json`.
+    A folder of one draw of the prior: `samples-*.parquet`, `rewards-*.parquet`, `settings.json`, and `trained_on.json`
+    once a policy has learned from the completions themselves.
 
     Args:
         folder (`Path`): of many draws; that of this one is made in it.
@@ -102,6 +104,16 @@ class SampleStore:
             found = None
         if found is None or found.fingerprint != identity.fingerprint:
             raise PriorSamplesError(f"{file} does not say what the samples beside it are of: delete {self.folder}.")
+
+    @property
+    def is_trained_on(self) -> bool:
+        """Whether a policy has learned to produce these very completions, and so is no longer independent of them."""
+        return (self.folder / _TRAINED_ON).exists()
+
+    def mark_as_trained_on(self, trainer: str) -> None:
+        """Remembers that it has, for whoever measures policies by samples of the prior."""
+        text = json.dumps({"trainer": trainer}) + "\n"
+        write_whole(self.folder / _TRAINED_ON, lambda path: path.write_text(text))
 
     # ---------------------------------------------------------------------------------------------------------------
     # Samples
@@ -183,7 +195,7 @@ class SampleStore:
         Args:
             fingerprints (`Sequence[str]`): of the `K` reward functions.
             row_keys, numbers, completion_keys (`torch.Tensor`): `(B,)`, of the rows of the data and the samples.
-            rewards (`torch.Tensor`): `(B, K)`; what is not finite is missing.
+            rewards (`torch.Tensor`): `(B, K)`; NaN is missing. Each function's own, whatever the others say.
         """
         columns: dict[str, Any] = {
             "row_key": row_keys.tolist(),
@@ -192,7 +204,7 @@ class SampleStore:
         }
         for fingerprint, values in zip(fingerprints, rewards.double().T.tolist(), strict=True):
             # A missing reward is null, so that other readers need not know what NaN means
-            columns[fingerprint] = [value if math.isfinite(value) else None for value in values]
+            columns[fingerprint] = [None if math.isnan(value) else value for value in values]
         schema = pa.schema([*_REWARD_KEYS, *((name, pa.float64()) for name in columns if name in fingerprints)])
         functions = stable_hash(sorted(set(fingerprints)))
         name = f"rewards-{functions:015x}-{int(row_keys[0]):016x}-{int(numbers[0]):09d}.parquet"

@@ -73,6 +73,25 @@ def refuse_same_names(names: Sequence[str]) -> None:
         )
 
 
+def refuse_other_heads(config: Any, name: str) -> None:
+    """
+    Refuses a language model in place of a reward model: its head for the reward would be random numbers.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]): of the reward model, as it is in its files.
+        name (`str`): of the reward, for the message.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    heads = getattr(config, "architectures", None) or []
+    if heads and all(head.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")) for head in heads):
+        raise ValueError(
+            f"The reward {name!r} is a language model ({heads[0]}), whose reward would come from a head of random "
+            "weights: name a sequence classifier with one label, or a function."
+        )
+
+
 def check_columns(columns: Sequence[str] | None) -> None:
     """
     Refuses columns of the data that reward functions would be given twice.
@@ -153,7 +172,8 @@ def call_rewards(
         columns (`dict`, *optional*): further columns of the data, N entries each.
 
     Returns:
-        `torch.Tensor`: (N, K) float64; NaN where a function returned `None`, NaN or, as in training, infinity.
+        `torch.Tensor`: (N, K) float64; NaN where a function returned `None` or NaN. What an infinite one means is
+            said by [`without_infinite`].
 
     Raises:
         ValueError: a function returns another number of rewards.
@@ -169,7 +189,7 @@ def call_rewards(
             returned[k] = values
     scores = torch.full((len(completions), len(rewards)), torch.nan, dtype=torch.float64)
     for k, (reward, values) in enumerate(zip(rewards, returned, strict=True)):
-        numbers = [math.nan if value is None or math.isinf(value) else float(value) for value in values]
+        numbers = [math.nan if value is None else float(value) for value in values]
         if len(numbers) != len(completions):
             raise ValueError(
                 f"The reward function {reward_name(reward)!r} returned {len(numbers)} rewards for {len(completions)} "
@@ -177,6 +197,22 @@ def call_rewards(
             )
         scores[:, k] = torch.tensor(numbers, dtype=torch.float64)
     return scores
+
+
+def without_infinite(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Leaves out completions with an infinite reward: it says nothing in numbers, and neither do the others without it.
+
+    A completion that one function forbids by `-inf` would otherwise be judged by the rest alone.
+
+    Args:
+        rewards (`torch.Tensor`): (..., N, K).
+
+    Returns:
+        The rewards, NaN in all of such a row, and which rows these are, boolean (..., N).
+    """
+    infinite = rewards.isinf().any(dim=-1)
+    return rewards.masked_fill(infinite.unsqueeze(-1), torch.nan), infinite
 
 
 def _finished() -> TrainerState:

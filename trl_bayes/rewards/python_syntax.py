@@ -5,8 +5,7 @@ Every function here is a TRL reward function, `(prompts, completions, **kwargs) 
 completion together:
 
  - standard format: `prompt + completion`;
- - conversational format: what the assistant says, which is a reply and not the continuation of the user's message.
-   Where the prompt ends with a message by the assistant (a prefill), the line begins there.
+ - conversational format: what the assistant says, which is a reply and not the continuation of the last message.
 
 Nothing is executed, and no text, however odd, raises.
 """
@@ -168,7 +167,7 @@ def _compile_in_surroundings(statement: ast.stmt) -> None:
 
 def _completed_lines(prompts: list[Any], completions: list[Any]) -> list[str]:
     return [
-        _text(prompt[-1:] if isinstance(prompt, list) else prompt) + _text(completion)
+        _text(completion) if isinstance(prompt, list) else _text(prompt) + _text(completion)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 

@@ -15,7 +15,7 @@ from ..language_models.generation import evaluating, generate, seeded, tokenize_
 from ..language_models.samples import score
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
-from ..rewards.calling import RewardFunction
+from ..rewards.calling import RewardFunction, without_infinite
 from ..targets import Context, Target
 from .source import CompletionSource, log_weights_of
 
@@ -103,7 +103,7 @@ class LanguageModelSource(CompletionSource):
 
     def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Completions:
         completions = self._completions(prompt_index, completion_ids, self.decode(completion_ids))
-        rewards = score(self.reward_funcs, completions, self.tokenizer, self.columns)
+        rewards, _ = without_infinite(score(self.reward_funcs, completions, self.tokenizer, self.columns))
         log_ratio = torch.zeros(len(completions), dtype=torch.float64)
         log_prior = log_ratio
         if self.proposal is not None or self.target.needs_context:  # else nobody reads it

@@ -31,9 +31,7 @@ class Tilt(Target):
         self.beta = float(beta)
 
     def log_potential(self, rewards: torch.Tensor) -> torch.Tensor:
-        selected = self.select(rewards)  # (N, K')
-        total = (selected * self.select_weights(rewards)).nansum(dim=1)  # a reward that does not apply adds nothing
-        phi = total.masked_fill(selected.isnan().all(dim=1), torch.nan) / self.beta
+        phi = self.weighted_sum(rewards) / self.beta  # a reward that does not apply adds nothing
         return phi.masked_fill(phi.isinf(), torch.nan)  # a finite reward that overflows is as good as an infinite one
 
     def settings(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from datasets.fingerprint import Hasher
 
 from ..groups import Group
 from ..prior import Context
+from ..rewards.calling import without_infinite
 from ..targets import Target
 
 
@@ -85,7 +86,7 @@ def gather_group(
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
     """
     log_policy, log_proposal, log_prior = accelerator.gather(local[generated]).unbind(dim=1)  # (B_global,)
-    rewards = accelerator.gather(output["rewards"][generated])  # (B_global, K)
+    rewards, _ = without_infinite(accelerator.gather(output["rewards"][generated]))  # (B_global, K)
     keys, from_prior = (
         accelerator.gather(output[name][generated]) if name in output else None
         for name in ("prompt_key", "from_prior")

@@ -5,9 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trl import GRPOConfig
+from trl.trainer.utils import get_config_model_id
 
+from ..language_models.fingerprint import parameters_fingerprint, weights_fingerprint
 from ..targets import Target
 from .warnings_of_users import warn
+
+
+_SINCE_LATER = ("temperature", "max_completion_length", "rewards", "prior")
+"""What checkpoints of the first versions do not say."""
 
 
 def state_file(checkpoint: str | Path, process_index: int) -> Path:
@@ -42,28 +49,67 @@ def read_state(checkpoint: str | Path, process_index: int) -> dict[str, Any] | N
     return state
 
 
-def run_identity(trainer_class: type, target: Target) -> dict[str, str]:
-    """By which the checkpoint of a run of another trainer or target is recognized."""
-    return {"trainer": trainer_class.__name__, "target_settings": repr(target)}
+def run_identity(trainer_class: type, target: Target, args: GRPOConfig) -> dict[str, Any]:
+    """By which the checkpoint of a run of another trainer or target, or with other outcomes, is recognized."""
+    return {
+        "trainer": trainer_class.__name__,
+        "target_settings": repr(target),
+        "temperature": float(args.temperature),
+        "max_completion_length": args.max_completion_length,
+    }
 
 
-def check_same_run(state: Mapping[str, Any], ours: Mapping[str, str]) -> None:
+def evidence_identity(trainer: Any) -> dict[str, Any]:
     """
-    Refuses the state of a run of another trainer or target.
+    By which the checkpoint of a run with another prior or other rewards is recognized; without what cannot be told.
+
+    Args:
+        trainer ([`~trl_bayes.trainers.posterior_trainer.PosteriorTrainer`]): constructed.
+    """
+    weights = dict(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
+    read = trainer.target.names_read() or [name for name, weight in weights.items() if weight != 0]
+    prior = _prior_identity(trainer)
+    return {"rewards": {name: weights[name] for name in read}, **({} if prior is None else {"prior": prior})}
+
+
+def _prior_identity(trainer: Any) -> str | None:
+    """The prior's weights, by the files of a folder or the commit on the Hub, and the adapter that it is."""
+    model = trainer.model if trainer.ref_model is None else trainer.ref_model
+    config: Any = trainer.accelerator.unwrap_model(model).config
+    name = trainer.args.prior_model_name_or_path or get_config_model_id(config)
+    commit = getattr(config, "_commit_hash", None)
+    weights = weights_fingerprint(name) or (f"{name}@{commit}" if commit else None)
+    adapter = {name: each for name, each in trainer.model.named_parameters() if ".ref." in name}
+    parts = [weights, parameters_fingerprint(adapter)] if adapter else [weights]
+    return None if trainer.beta == 0 or None in parts else " ".join(map(str, parts))
+
+
+def check_same_run(state: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """
+    Refuses the state of a run whose posterior is another: what it has learned is not of this one.
 
     Args:
         state (`Mapping[str, Any]`): from [`read_state`].
-        ours (`Mapping[str, str]`): [`run_identity`] of this run.
+        ours (`Mapping[str, Any]`): [`run_identity`] of this run and, where it has its models, [`evidence_identity`].
 
     Raises:
         ValueError: one sentence.
     """
     for name, value in ours.items():
-        if state.get(name) != value:
+        before = state.get(name, value if name in _SINCE_LATER else None)
+        if before == value:
+            continue
+        if name == "prior":
             raise ValueError(
-                f"The checkpoint was written by a run with {state.get(name)}, this one has {value}: resume with the "
-                "same trainer and target, or start a new run from the checkpoint's weights."
+                "The checkpoint was written by a run whose prior has other weights than this one's, so it was on its "
+                "way to another posterior: start from the same model as that run, and name the checkpoint in "
+                "`resume_from_checkpoint` only."
             )
+        what = f"`{name}={before}`" if name in _SINCE_LATER else before
+        raise ValueError(
+            f"The checkpoint was written by a run with {what}, this one has {value}: resume with the same trainer, "
+            "target, rewards and sampling, or start a new run from the checkpoint's weights."
+        )
     if "partition" not in state:
         raise ValueError(
             "The checkpoint was written by an earlier version of trl_bayes, which kept log Z in another form: start a "

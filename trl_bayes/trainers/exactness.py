@@ -51,8 +51,17 @@ _EXACT_VALUES: dict[str, tuple[Any, ...]] = {
     "stop_strings": (),
     "stopping_criteria": (),
     "max_time": (),
+    "stop": (),
+    "stop_token_ids": (),
+    "ignore_eos": (False,),
+    "truncate_prompt_tokens": (),
+    "token_healing": (False,),
+    "seed": (),  # vLLM gives each completion of a group the same one then
 }
 """Values, besides `None`, under which each setting leaves the model's distribution as it is."""
+
+
+_LENGTHS = {"max_new_tokens", "max_length", "max_tokens"}
 
 
 def as_mapping(settings: Mapping[str, Any] | str | None) -> dict[str, Any]:
@@ -120,6 +129,14 @@ def _sampling(args: GRPOConfig) -> Iterator[Inexact]:
                 f"With {names}{source} the policy is corrected only where it is sampled: what is cut off or penalized "
                 "keeps a probability that nobody controls, and the weights of the rest are off by it.",
             )
+    if lengths := as_mapping(args.generation_kwargs).keys() & _LENGTHS:
+        name = min(lengths)
+        yield Inexact(
+            f"`{name}` in `generation_kwargs` cuts completions where `max_completion_length` does not say it: set "
+            "`max_completion_length` instead.",
+            f"With `{name}` in `generation_kwargs` the fixed point is a posterior of completions of that length, and "
+            "samples of the prior that were kept are not of it.",
+        )
     if args.vllm_structured_outputs_regex is not None:
         yield Inexact(
             "`vllm_structured_outputs_regex` hides completions that the posterior may contain: leave it unset and "

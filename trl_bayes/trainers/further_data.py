@@ -49,6 +49,7 @@ def learn_of_further_data(trainer: Any, given: Any) -> None:
         PriorSamplesError: samples are missing, and the policy is no longer the prior; a `ValueError`, one sentence.
         ValueError: the data cannot be evaluated on; one sentence.
     """
+    refuse_broken_groups(trainer)
     data = trainer.eval_dataset if given is None else given
     named = isinstance(data, str)  # one of the trainer's own
     further = [each for each in ([] if named else _each(data)) if not any(each is known for known in trainer.data)]
@@ -68,6 +69,22 @@ def learn_of_further_data(trainer: Any, given: Any) -> None:
         except BaseException:
             trainer.data = before
             raise
+
+
+def refuse_broken_groups(trainer: Any) -> None:
+    """
+    Refuses an evaluation whose batches do not hold whole groups; TRL looks for it only where it evaluates by itself.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    number = trainer.args.per_device_eval_batch_size * trainer.accelerator.num_processes
+    if number % trainer.num_generations_eval:
+        raise ValueError(
+            f"An evaluation takes {number} completions at a time (`per_device_eval_batch_size` x the number of "
+            f"processes), which are no whole groups of {trainer.num_generations_eval}: set "
+            "`per_device_eval_batch_size` to a multiple of it, or `num_generations_eval` to a divisor."
+        )
 
 
 def _each(data: Any) -> list[Any]:

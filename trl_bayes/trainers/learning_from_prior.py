@@ -214,7 +214,7 @@ def refuse_policy_that_has_moved(distance: torch.Tensor, model_id: str) -> None:
     Raises:
         ValueError: one sentence.
     """
-    if distance > MOVED:
+    if not distance <= MOVED:  # NaN has moved
         raise ValueError(
             f"The policy is {distance:.2g} nats per token from the prior, so it cannot draw samples of the prior: "
             f"start from the weights of {model_id!r} as they were loaded, with adapters that begin at zero."

@@ -5,10 +5,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import is_peft_model
 from trl.trainer.utils import use_adapter
 
 from ..language_models.batching import is_exact
 from ..language_models.generation import evaluating
+from ..prior.drawing import MOVED
 from .batches import own_tokens
 from .generation_check import refuse_other_generation
 
@@ -85,7 +87,38 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
                 f"forward pass (rounding explains {allowed:.2g}), so the result would not be the posterior: "
                 f"{CAUSES[cause]} `check_log_probs=False` trains all the same."
             )
+    _refuse_other_start(trainer, batch, policy)
     refuse_other_generation(trainer, batch)
+
+
+def _refuse_other_start(trainer: Any, batch: Batch, policy: torch.Tensor) -> None:
+    """
+    Refuses to begin where policy and prior differ and no prior was named: TRL takes the prior from where the model was
+    loaded from, and not as it is in memory.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    named = trainer.args.prior_model_name_or_path is not None
+    if named or trainer.state.global_step > 0 or "ref_per_token_logps" not in batch or _learns_a_prompt(trainer):
+        return
+    # An estimate of KL(pi||pi_0), which rounding does not raise
+    difference = (policy - batch["ref_per_token_logps"]).float()[own_tokens(batch).bool()]
+    distance = float(trainer.accelerator.gather(difference.nanmean().unsqueeze(0)).nanmean())
+    if not distance <= MOVED:  # NaN differs
+        raise ValueError(
+            f"Before the first update the policy is {distance:.2g} nats per token from the prior, which is what the "
+            "model was loaded from: save a model that was changed in memory (by a merged adapter, for instance) and "
+            "load it from there, give an adapter an `init_lora_weights` that leaves the model as it is (`True`), or "
+            "name the prior in `prior_model_name_or_path`. `check_log_probs=False` trains all the same."
+        )
+
+
+def _learns_a_prompt(trainer: Any) -> bool:
+    """Whether the adapter is virtual tokens, which change the model from the beginning, and what they start from is
+    no prior of anybody's."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return is_peft_model(model) and model.active_peft_config.is_prompt_learning
 
 
 @contextmanager

@@ -102,6 +102,11 @@ class OffPolicyConfig(PosteriorConfig):
         return f"prior_fraction={self.prior_fraction}" if self.prior_fraction > 0 else None
 
     @property
+    def keeps_text(self) -> str | None:
+        replays = f"`replay_buffer_size={self.replay_buffer_size}`" if self.replay_buffer_size > 0 else None
+        return f"`{self.share_of_prior}`" if self.share_of_prior is not None else replays
+
+    @property
     def num_replayed(self) -> int:
         """Replayed completions per generated batch and process: a multiple of `steps_per_generation`."""
         per_step = round(self.replay_ratio * self.per_device_train_batch_size)
@@ -126,8 +131,6 @@ class OffPolicyTrainer(PriorShareTrainer):
     def replay_buffer(self) -> ReplayBuffer | None:
         """Past completions of this process; `None` where none are kept."""
         size = self.args.replay_buffer_size
-        if size > 0 and self._is_vlm:
-            raise ValueError("Replay keeps text only: leave `replay_buffer_size` at 0 with a vision-language model.")
         return ReplayBuffer(size, self.args.seed + self.accelerator.process_index) if size > 0 else None
 
     @property

@@ -19,6 +19,7 @@ NO_EFFECT = (
     "delta",
     "importance_sampling_level",
     "use_bias_correction_kl",
+    "vllm_importance_sampling_correction",
     "vllm_importance_sampling_mode",
     "vllm_importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min",
@@ -87,9 +88,10 @@ class PosteriorConfig(GRPOConfig):
         prior_samples_dir (`str`, *optional*):
             Folder in which they are kept and found again. Defaults to `prior_samples` in `output_dir`.
         pseudo_reward_cap (`float`, *optional*):
-            Largest magnitude of a completion's centered pseudo-reward (the factor of `grad log pi`, in nats). `None`
-            is exact; a cap (alpha-DPG uses 10) trades bias for stability, and `posterior/capped_frac` says how often
-            it acts.
+            Largest magnitude of the factor of a completion's `grad log pi`, which is that of `D_f / f''(1)`: for KL-RL
+            the centered pseudo-reward in nats, for Jensen-Shannon four times it, for DPG a difference of importance
+            weights; times `pi/q` off-policy. `None` is exact; a cap (alpha-DPG uses 10) trades bias for stability,
+            and `posterior/capped_frac` says how often it acts.
         prior_model_name_or_path (`str`, *optional*):
             The prior `pi_0`, when it is not the model that training starts from. Loaded with `model_init_kwargs`.
         inexact_settings (`str`, *optional*, defaults to `"refuse"`):
@@ -235,6 +237,11 @@ class PosteriorConfig(GRPOConfig):
             raise ValueError(
                 "`beta=0` has no posterior (it is pure RL): set `beta` > 0, or use KLRLTrainer for pure RL."
             )
+        if self.sync_ref_model and self.prior_model_name_or_path is not None:
+            raise ValueError(
+                "`sync_ref_model=True` would overwrite the prior that `prior_model_name_or_path` names: leave one of "
+                "them out."
+            )
         if self.partition not in PARTITIONS:
             raise ValueError(f"Unknown `partition={self.partition!r}`: use one of {list(PARTITIONS)}.")
         if self.num_prior_samples < 2:
@@ -258,6 +265,11 @@ class PosteriorConfig(GRPOConfig):
     @property
     def share_of_prior(self) -> str | None:
         """The setting that asks for completions of the prior in each group, if one does."""
+        return None
+
+    @property
+    def keeps_text(self) -> str | None:
+        """What takes completions that are kept as text into a batch, for a message; `None` if nothing does."""
         return None
 
     def ineffective_settings(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The one file that touches TRL's methods: a GRPOTrainer whose fixed point is a chosen posterior."""
+"""What all trainers share: a GRPOTrainer whose fixed point is a chosen posterior."""
 
 from abc import abstractmethod
 from collections import deque
@@ -17,9 +17,10 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from ..estimators import Estimator, Terms
 from ..partitions import make_partition
 from ..prior import Draw, KeptCompletions
+from ..rewards.calling import without_infinite
 from ..targets import Target, build_target
 from .batches import gather_group, own_tokens, prompt_keys, row_hashes, scorer_inputs, sequence_log_probs
-from .checkpoints import check_same_run, read_state, run_identity, save_state
+from .checkpoints import check_same_run, evidence_identity, read_state, run_identity, save_state
 from .further_data import all_data, known_data, learn_of_further_data, rows_of
 from .learning_from_prior import GIVEN, REWARDS, as_draw, learn, unrecorded
 from .log_prob_check import refuse_inexact
@@ -29,12 +30,11 @@ from .posterior_config import PosteriorConfig
 from .prior import make_exact, prior_of_its_own
 from .refusals import (
     check_arguments,
+    check_constructed,
     refuse_early,
-    refuse_inexact_model_defaults,
     refuse_infinite_divergence,
     refuse_infinite_potential,
     refuse_too_few_prompts,
-    warn_of_settings,
 )
 from .warnings_of_users import warnings_at_the_users_line
 from .zero3 import announce_lm_head
@@ -127,9 +127,7 @@ class PosteriorTrainer(GRPOTrainer):
                 environment_factory=environment_factory,
             )
         make_exact(self.model, self.ref_model, self.accelerator, without_noise=args.disable_dropout)
-        if not self.use_vllm:  # which is given TRL's settings only
-            refuse_inexact_model_defaults(self.model.generation_config, self.generation_kwargs, args)
-        warn_of_settings(args)
+        check_constructed(self)
         self.data = known_data(self)
         self.target.bind(self.reward_func_names, self.reward_weights)
         self._is_checked = not args.check_log_probs
@@ -170,7 +168,7 @@ class PosteriorTrainer(GRPOTrainer):
         """Rewards `(B_global, K)` of completions that were kept."""
         with unrecorded(self):
             prompts = [row["prompt"] for row in rows]
-            return self._calculate_rewards([dict(row) for row in rows], prompts, kept.given, [*kept.completion_ids])
+            return super()._calculate_rewards([dict(row) for row in rows], prompts, kept.given, [*kept.completion_ids])
 
     # ---------------------------------------------------------------------------------------------------------------
     # From a group of completions to what each of them needs in the loss
@@ -179,14 +177,12 @@ class PosteriorTrainer(GRPOTrainer):
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list
     ) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_global, K)
-        infinite = rewards.isinf()
-        self._mode_metrics["posterior/frac_infinite_reward"].append(infinite.any(dim=1).float().mean().item())
-        # An infinite reward says nothing: it is treated like one that does not apply
-        rewards = rewards.masked_fill(infinite, torch.nan)
+        usable, infinite = without_infinite(rewards)
+        self._mode_metrics["posterior/frac_infinite_reward"].append(infinite.float().mean().item())
         start = self.accelerator.process_index * len(inputs)
         for row, own, completion in zip(inputs, rewards[start : start + len(inputs)], completions, strict=True):
             row |= {REWARDS: own, GIVEN: completion}
-        return rewards
+        return usable
 
     def _generate_with_rewards(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """TRL's generated batch, and in it `rewards` `(B, K)`; and its rows, with what reward functions were given."""
@@ -319,14 +315,15 @@ class PosteriorTrainer(GRPOTrainer):
     def posterior_state(self) -> dict[str, Any]:
         """What this process must remember across a restart, besides the model and the optimizer."""
         return {
-            **run_identity(type(self), self.target),
+            **run_identity(type(self), self.target, self.args),
+            **evidence_identity(self),
             "target": self.target.state_dict(),
             "partition": {self.partition.name: self.partition.state_dict()},
         }
 
     def load_posterior_state(self, state: dict[str, Any]) -> None:
         """Restores [`~PosteriorTrainer.posterior_state`]; refuses that of another trainer or target."""
-        check_same_run(state, run_identity(type(self), self.target))
+        check_same_run(state, run_identity(type(self), self.target, self.args) | evidence_identity(self))
         self.target.load_state_dict(state["target"])
         if self.partition.name in state["partition"]:
             self.partition.load_state_dict(state["partition"][self.partition.name])

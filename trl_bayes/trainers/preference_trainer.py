@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 from ..estimators import Preference, bradley_terry, larger_wins
+from ..rewards.calling import without_infinite
 from ..targets import Target
 from ..targets.base import weighted_sum
 from .batches import scorer_inputs, sequence_log_probs
@@ -118,8 +119,6 @@ class PreferenceTrainer(PriorShareTrainer):
             peft_config=peft_config,
             target=target,
         )
-        if self._is_vlm:
-            raise ValueError("Samples of the prior are kept as text: use a model without images.")
         self._penalize_missing_eos()
 
     def _penalize_missing_eos(self) -> None:
@@ -152,7 +151,7 @@ class PreferenceTrainer(PriorShareTrainer):
         output["ended"] = torch.isin(ids.gather(1, last), torch.tensor(self.eos_token_ids, device=ids.device)).squeeze(
             1
         )
-        rewards = output["rewards"]
+        rewards, _ = without_infinite(output["rewards"])
         scores = weighted_sum(rewards, self.reward_weights)
         by_others = rewards if self.args.missing_eos_penalty is None else rewards[:, :-1]
         output["scores"] = scores.masked_fill(by_others.isnan().all(dim=1), torch.nan)

@@ -130,7 +130,7 @@ def make_exact(
     for wrapped in (policy, prior):
         if wrapped is None:
             continue
-        model: Any = accelerator.unwrap_model(wrapped)
+        model: Any = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
         refuse_encoder_decoder(model)
         give_positions(model.get_base_model() if is_peft_model(model) else model)
         if without_noise:

@@ -51,6 +51,8 @@ class PriorShareTrainer(PosteriorTrainer):
         learns_more = self.target.needs_prior_samples or self.partition.needs_prior_samples
         rows = rows_of(self, only_trained=not learns_more)
         samples = learn(self, rows, again)
+        if self.accelerator.is_main_process:
+            samples.mark_as_trained_on(type(self).__name__)
         self._prior_completions = samples.completions().completion_ids
         self._place = {key: place for place, key in enumerate(rows.keys.tolist())}
 

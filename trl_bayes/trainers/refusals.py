@@ -4,18 +4,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import GenerationConfig
 from trl.trainer.utils import get_config_model_id
 
 from ..divergences import Divergence
+from ..language_models.noise import adds_noise
 from ..language_models.prompts import check_prompts
 from ..partitions import Partition
-from ..rewards.calling import refuse_same_names
+from ..rewards.calling import check_columns, refuse_other_heads, refuse_same_names, reward_name
 from ..targets import Target
 from .exactness import Inexact, distribution_altering_settings
 from .posterior_config import PosteriorConfig
 from .warnings_of_users import warn
+
+
+_OF_ADAPTERS = ("modules_to_save", "trainable_tokens_", "prompt_encoder")
+"""What weights are called that PEFT switches off with an adapter, besides the prefix of its kind."""
 
 
 def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any, target: Any) -> PosteriorConfig:
@@ -30,8 +36,10 @@ def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any
 
     Raises:
         TypeError: a configuration of another class.
-        ValueError: two targets.
+        ValueError: two targets, or an adapter that cannot be trained; one sentence.
     """
+    if not isinstance(model, str) and is_peft_model(model):
+        _refuse_untrainable(model)
     config_class: type[PosteriorConfig] = trainer_class.config_class
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -50,6 +58,20 @@ def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any
     return args
 
 
+def _refuse_untrainable(model: Any) -> None:
+    """An adapter is loaded for inference by default, and TRL asks for one that is called "default"."""
+    if "default" not in model.peft_config:
+        raise ValueError(
+            f"The model's adapter is called {next(iter(model.peft_config))!r}, and TRL trains the one called "
+            "'default': load it without `adapter_name`."
+        )
+    if not any(each.requires_grad for each in model.parameters()):
+        raise ValueError(
+            "No weight of the model's adapter can be trained: load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+
+
 def refuse_infinite_divergence(target: Target, divergence: Divergence) -> None:
     """
     Refuses a divergence that is infinite for every policy that ever leaves the target's support.
@@ -62,6 +84,94 @@ def refuse_infinite_divergence(target: Target, divergence: Divergence) -> None:
             f"The target {target!r} gives some completions no probability, and {divergence.name} is infinite for a "
             "policy that produces them: use DPGTrainer, or FDPGTrainer or TrajectoryBalanceTrainer with `divergence` "
             "'forward_kl' or 'jensen_shannon', or a `tilt` target."
+        )
+
+
+def check_constructed(trainer: Any) -> None:
+    """
+    What can be said once there is a model: whether it can be trained, whether the prior stays what it is, and which of
+    the model's own settings move the fixed point. Warns of what is allowed and not what it seems.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): constructed.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    args = trainer.args
+    refuse_moving_prior(trainer)
+    _refuse_cast_weights(trainer)
+    if args.check_log_probs and not args.disable_dropout and adds_noise(trainer.model):
+        raise ValueError(
+            "The model adds noise in training mode, such as dropout, and `disable_dropout=False` leaves it on: what "
+            "is scored is not what was sampled. Leave `disable_dropout` at True; `check_log_probs=False` trains "
+            "all the same."
+        )
+    if args.num_generations_eval == 1 and args.num_generations != 1 and trainer.eval_dataset is not None:
+        warn(
+            "With `num_generations_eval=1` a completion has no siblings to compare it with, so `eval_loss` says "
+            "nothing unless `log Z` is known otherwise: set it to 2 or more, or choose by another metric."
+        )
+    if not trainer.use_vllm:  # which is given TRL's settings only
+        refuse_inexact_model_defaults(trainer.model.generation_config, trainer.generation_kwargs, args)
+    if trainer.aux_loss_enabled:
+        args.inexact.append(
+            Inexact(
+                "",
+                "The router's loss of this mixture of experts is added to the divergence, "
+                f"`router_aux_loss_coef={trainer.router_aux_loss_coef}` times: training goes to a compromise of both, "
+                "and the logged `loss` is their sum (`router_aux_loss_coef=0.0` leaves it out).",
+            )
+        )
+    if args.weight_decay > 0:
+        args.inexact.append(
+            Inexact(
+                "",
+                f"`weight_decay={args.weight_decay}` pulls weights, or those of an adapter, to zero, so training ends "
+                "a little off the posterior.",
+            )
+        )
+    if ineffective := args.ineffective_settings():
+        warn(ineffective)
+    if args.inexact:
+        warn(" ".join(inexact.fixed_point for inexact in args.inexact))
+
+
+def _refuse_cast_weights(trainer: Any) -> None:
+    """TRL casts the policy itself for continuous batching, and small steps are then rounded away."""
+    args = trainer.args
+    if not (trainer.use_transformers_continuous_batching and (args.bf16 or args.fp16)):
+        return
+    if any(each.requires_grad and each.dtype == torch.float32 for each in trainer.model.parameters()):
+        raise ValueError(
+            "`use_transformers_continuous_batching=True` with mixed precision casts the float32 weights that are "
+            "trained to half precision, where small updates are lost: set `bf16=False` and `fp16=False`, or leave it "
+            "out."
+        )
+
+
+def refuse_moving_prior(trainer: Any) -> None:
+    """
+    Refuses weights that are trained and that the prior, which is the policy without its adapter, has too.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): constructed.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.beta == 0 or trainer.ref_model is not None or not is_peft_model(model):
+        return
+    own = {*_OF_ADAPTERS, getattr(model.base_model, "prefix", _OF_ADAPTERS[0])}
+    shared = [
+        name for name, each in model.named_parameters() if each.requires_grad and not any(part in name for part in own)
+    ]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} weights that are trained, such as `{shared[0]}`, are no part of the adapter, so the "
+            "prior, which is the model without it, would move with the policy: set `bias='none'` in the adapter's "
+            "configuration and train nothing else, or name the prior in `prior_model_name_or_path`."
         )
 
 
@@ -111,10 +221,15 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
         ValueError: one sentence.
     """
     refuse_same_names(trainer.reward_func_names)
-    if trainer.args.share_of_prior is not None and trainer._is_vlm:
+    for model in trainer.reward_funcs:
+        if isinstance(model, torch.nn.Module):
+            refuse_other_heads(model.config, reward_name(model))
+    if trainer._tokenizer.pad_token_id is None:
+        raise ValueError("The tokenizer has neither a pad token nor an EOS token: set `tokenizer.pad_token`.")
+    if trainer._is_vlm and (setting := trainer.args.keeps_text) is not None:
         raise ValueError(
-            f"`{trainer.args.share_of_prior}` keeps completions of the prior as text: leave it at 0 with a "
-            "vision-language model."
+            f"{setting} keeps completions as text, without their images: it cannot be used with a vision-language "
+            "model."
         )
     for dataset in datasets:
         if trainer.environment_factories is None and isinstance(dataset, Dataset):
@@ -148,7 +263,10 @@ def refuse_early(
             "`rollout_func` would write others into them: leave them out, or leave it at 0."
         )
     for dataset in datasets:
+        if isinstance(dataset, Mapping):
+            raise ValueError(f"The data has the splits {list(dataset)}: give one of them, such as `dataset['train']`.")
         columns = dataset.column_names  # of a stream they may not be known
+        check_columns(columns)
         if not writes_prompts and columns is not None and "prompt" not in columns:
             raise ValueError(f"The data has no column 'prompt': it has {columns}.")
         if isinstance(dataset, Dataset) and len(dataset) == 0:
@@ -178,14 +296,6 @@ def refuse_too_few_prompts(dataset: Any, args: PosteriorConfig) -> None:
             f"`per_device_train_batch_size` such that one generation has at most "
             f"{len(dataset) * group_size} completions, or give more prompts."
         )
-
-
-def warn_of_settings(args: PosteriorConfig) -> None:
-    """Warns once of settings that do nothing here, and once of those that move the fixed point."""
-    if ineffective := args.ineffective_settings():
-        warn(ineffective)
-    if args.inexact:
-        warn(" ".join(inexact.fixed_point for inexact in args.inexact))
 
 
 def refuse_unsampled_prior(

@@ -31,7 +31,8 @@ class TrajectoryBalanceConfig(DivergenceConfig, OffPolicyConfig):
         default="leave_one_out",
         metadata={
             "help": "How log Z is estimated: 'leave_one_out' (the siblings' importance weights; on-policy with "
-            "reverse_kl their mean log-ratio) or 'running' (importance weights of all visits to the prompt).",
+            "reverse_kl their mean log-ratio), 'running' (importance weights of all visits to the prompt), "
+            "'prior_samples' (samples of the prior, drawn before the first update) or 'known' (the target's own).",
             "choices": list(PARTITIONS),
         },
     )

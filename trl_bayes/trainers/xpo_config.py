@@ -90,17 +90,20 @@ class XPOConfig(OffPolicyConfig):
 
     def __post_init__(self) -> None:
         self.alpha = _as_list(self.alpha)
+        self._check_unused()
         self._check_pairs()
         super().__post_init__()
 
-    def _check_pairs(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
+    @property
+    def keeps_text(self) -> str | None:
+        return "XPO"
+
+    def _check_unused(self) -> None:
+        if self.pseudo_reward_cap is not None:
             raise ValueError(
-                f"`loss_type={self.loss_type!r}` is no loss of a preference: use one of {list(LOSS_TYPES)} (GRPO's "
-                "own losses are for its own trainer)."
+                f"`pseudo_reward_cap={self.pseudo_reward_cap}` has no use here, where completions are compared and "
+                "have no pseudo-reward: leave it unset."
             )
-        if self.ordering not in ORDERINGS:
-            raise ValueError(f"Unknown `ordering={self.ordering!r}`: use one of {list(ORDERINGS)}.")
         if self.prior_fraction != 0:
             raise ValueError(
                 f"`prior_fraction={self.prior_fraction}` has no use here, where every second completion is the "
@@ -116,6 +119,15 @@ class XPOConfig(OffPolicyConfig):
                 "The posterior of XPO is the tilt of the rewards that order its pairs: leave `target` unset, or use "
                 "KLRLTrainer for another."
             )
+
+    def _check_pairs(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` is no loss of a preference: use one of {list(LOSS_TYPES)} (GRPO's "
+                "own losses are for its own trainer)."
+            )
+        if self.ordering not in ORDERINGS:
+            raise ValueError(f"Unknown `ordering={self.ordering!r}`: use one of {list(ORDERINGS)}.")
         if not isinstance(self.beta, Real):
             raise ValueError(
                 f"`beta={self.beta!r}` must be one number: it is the temperature of the posterior, which is the same "

@@ -24,6 +24,7 @@ from tests.trainers.drop_in.runs import (
 )
 
 
+@pytest.mark.filterwarnings("ignore:With `num_generations_eval=1`:UserWarning")
 @pytest.mark.parametrize("num_generations_eval", [None, 1, 2])
 def test_evaluation_while_training(num_generations_eval: int | None, kind: str, make: Make) -> None:
     config = {

@@ -1,5 +1,6 @@
 """Models: as a path or an object, mixture of experts, bfloat16, checkpointing, tokenizers, optimizers."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ def test_model_as_path_or_as_object(kind: str, make: Make, tiny_models: Any) -> 
 def test_mixture_of_experts(coefficient: float | None, kind: str, make: Make, tiny_models: Any) -> None:
     # The load-balancing loss of the architecture is added, with its own coefficient unless the config has one
     config = {"router_aux_loss_coef": coefficient, "gradient_accumulation_steps": 2, "per_device_train_batch_size": G}
-    trainer = make(kind, config, model=tiny_models.moe)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make(kind, config, model=tiny_models.moe)
+    told = [each for each in caught if "The router's loss" in str(each.message)]
+    assert len(told) == len(trainer.args.inexact) == (1 if coefficient is None else 0)
     added: list[float] = []
     compute_loss = trainer._compute_loss
 

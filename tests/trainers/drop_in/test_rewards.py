@@ -141,14 +141,21 @@ def test_completion_without_a_usable_reward_is_left_out(value: float | None, kin
         assert batch["log_z"].isfinite().all()
 
 
-def test_infinite_reward_beside_a_finite_one(make: Make) -> None:
-    def infinite(completions: list, **kwargs: Any) -> list[float]:
-        return [math.inf] * len(completions)
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_a_completion_with_an_infinite_reward_is_left_out(value: float, make: Make) -> None:
+    """What one function forbids is not judged by what the others say of it."""
 
-    with_it, without_it = make("dpg", reward_funcs=[length_reward, infinite]), make("dpg")
-    logs = learn(with_it)
-    learn(without_it)
-    assert logs[0]["posterior/frac_infinite_reward"] == 1  # it is said, and it is as if it did not apply
+    def forbids(completions: list, **kwargs: Any) -> list[float]:
+        return [value if i % 3 == 0 else 0.0 for i in range(len(completions))]
+
+    def says_nothing(completion_ids: list, **kwargs: Any) -> list[float | None]:
+        rewards = length_reward(completion_ids=completion_ids, **kwargs)
+        return [None if i % 3 == 0 else reward for i, reward in enumerate(rewards)]
+
+    with_it, without_it = make("dpg", reward_funcs=[length_reward, forbids]), make("dpg", reward_funcs=says_nothing)
+    logs, expected = learn(with_it), learn(without_it)
+    assert logs[0]["posterior/frac_infinite_reward"] == pytest.approx(1 / 3, abs=0.1)
+    assert logs[0]["posterior/frac_unscored"] == expected[0]["posterior/frac_unscored"] > 0
     assert_same_weights(with_it, without_it)
 
 
