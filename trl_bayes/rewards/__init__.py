@@ -1,7 +1,7 @@
 """Ready evidence: reward functions in TRL's format, to be used as rewards, constraints or features.
 
-They know nothing of targets and trainers. What needs a package of its own (jsonschema, VADER's lexicon) imports it when
-it is made.
+They know nothing of targets and trainers. What needs a package of its own (jsonschema, VADER's lexicon) imports it
+when it is made.
 """
 
 from trl_bayes.rewards.build import build_reward, build_rewards
