@@ -209,9 +209,12 @@ def test_estimates_have_no_variance_at_the_posterior(name: str, where: str) -> N
 
 
 def kl_rl_coefficient(outcomes: Tensor, log_q: Tensor) -> Tensor:
-    pseudo_reward = SOFT.log_target[outcomes] - LOG_POLICY[outcomes]
-    centered = pseudo_reward - leave_one_out_mean(pseudo_reward, everything_valid(outcomes))
-    return -(LOG_POLICY[outcomes] - log_q[outcomes]).exp() * centered
+    """The trainer's own, with the baseline that it chooses."""
+    estimator, phi = PolicyGradient(divergence_of("reverse_kl")), SOFT.log_target - LOG_PRIOR
+    group = Group(*(values[outcomes] for values in (LOG_POLICY, log_q, LOG_PRIOR, phi)))
+    no_z = torch.zeros_like(group.phi)
+    baseline = estimator.baseline(group, no_z, group.valid)
+    return estimator.coefficient(Sequences(group.log_policy, group.log_target, group.log_proposal, no_z, baseline))
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 4])

@@ -104,7 +104,9 @@ def _refuse_other_start(trainer: Any, batch: Batch, policy: torch.Tensor) -> Non
         return
     # An estimate of KL(pi||pi_0), which rounding does not raise
     difference = (policy - batch["ref_per_token_logps"]).float()[own_tokens(batch).bool()]
-    distance = float(trainer.accelerator.gather(difference.nanmean().unsqueeze(0)).nanmean())
+    sums = torch.stack([difference.sum(), difference.new_tensor(difference.numel())])
+    total, tokens = trainer.accelerator.reduce(sums, reduction="sum").tolist()
+    distance = total / max(tokens, 1.0)
     if not distance <= MOVED:  # NaN differs
         raise ValueError(
             f"Before the first update the policy is {distance:.2g} nats per token from the prior, which is what the "

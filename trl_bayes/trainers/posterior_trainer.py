@@ -27,7 +27,7 @@ from .log_prob_check import refuse_inexact
 from .metrics import group_metrics, loss_metrics, show_advantages, token_kl
 from .model_card import add_section
 from .posterior_config import PosteriorConfig
-from .prior import make_exact, prior_of_its_own
+from .prior_model import make_exact, prior_of_its_own
 from .refusals import (
     check_arguments,
     check_constructed,
