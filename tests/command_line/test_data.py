@@ -138,6 +138,13 @@ def test_a_compressed_file_that_is_not_there(refused: Callable[..., str]) -> Non
     assert refused({"dataset_name": "no.jsonl.gz"}) == "The data set 'no.jsonl.gz' cannot be loaded (no such file)."
 
 
+def test_a_broken_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    """With what is wrong with it, and not only that something is."""
+    file = tmp_path / "broken.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}\n')
+    assert "Missing a comma or '}' after an object member" in refused({"dataset_name": str(file)})
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_reads_a_compressed_file(command: str, recipe: dict[str, Any]) -> None:
     write("x.jsonl.gz")

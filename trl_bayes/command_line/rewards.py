@@ -38,7 +38,8 @@ def check_reward_models(rewards: Sequence[Any], arguments: Arguments) -> None:
         if isinstance(name, str):  # TRL loads it with `model_init_kwargs`, the policy's revision included
             config = find_config("reward_funcs", name, arguments.training.trust_remote_code, settings["revision"])
             refuse_other_heads(config, reward_name(name))
-            if (labels := getattr(config, "num_labels", 1)) != 1:
+            classifies = any(head.endswith("ForSequenceClassification") for head in config.architectures or [])
+            if classifies and (labels := config.num_labels) != 1:
                 raise ValueError(
                     f"The reward model {name!r} has {labels} labels and a reward is one number: use the reward "
                     "`classified_as`, which takes the probability of a label."
