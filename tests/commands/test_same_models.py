@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from trl import DatasetMixtureConfig, ModelConfig
 
 from tests.helpers.one_recipe import MCMC, MODULE, Seen, evaluated, recipe_in, sample_settings
 from tests.helpers.training import lora
+from trl_bayes import KLRLConfig
+from trl_bayes.command_line.arguments import Arguments, TrainingScriptArguments
+from trl_bayes.command_line.rewards import check_reward_models
 from trl_bayes.evaluation.files import read_report
 from trl_bayes.language_models.adapters import base_of_adapter
 
@@ -261,3 +265,14 @@ def test_an_adapter_with_the_configuration_of_its_base(tiny_models: Any, tmp_pat
     assert base_of_adapter(str(tmp_path / "adapter")) == tiny_models.policy
     shutil.copy(Path(tiny_models.policy) / "model.safetensors", tmp_path / "adapter")
     assert base_of_adapter(str(tmp_path / "adapter")) is None
+
+
+def test_the_head_of_a_reward_model_that_is_an_adapter(tiny_models: Any, tmp_path: Path) -> None:
+    """It has a head of its own, whatever the base model's configuration says."""
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_models.policy, num_labels=1)
+    get_peft_model(base, lora(task_type="SEQ_CLS")).save_pretrained(tmp_path / "reward")
+    training = KLRLConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    arguments = Arguments(TrainingScriptArguments(), training, ModelConfig(), DatasetMixtureConfig())
+    check_reward_models([str(tmp_path / "reward")], arguments)
+    with pytest.raises(ValueError, match="is a language model"):
+        check_reward_models([tiny_models.policy], arguments)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from trl_bayes.language_models import fingerprint as fingerprint_module
 from trl_bayes.language_models.fingerprint import (
     model_fingerprint,
     parameters_fingerprint,
@@ -101,6 +102,30 @@ def test_files_and_folders(tmp_path: Path, tiny_models: Any) -> None:
     before = path_fingerprint(str(tmp_path / "file"))
     (tmp_path / "file").write_text("b")
     assert path_fingerprint(str(tmp_path / "file")) not in (None, before)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_of_a_large_file_parts_of_each_tensor_are_read(
+    name: str, tiny_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models may differ in a single one."""
+    whole = weights_fingerprint(tiny_models.policy)
+    monkeypatch.setattr(fingerprint_module, "_READ_WHOLE", 0)
+    fingerprint_module._digest_of.cache_clear()
+    before = weights_fingerprint(tiny_models.policy)
+    assert before != whole
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.policy)
+    model.save_pretrained(tmp_path / "same")
+    model.get_parameter(name).data.flatten()[-1] += 0.1
+    model.save_pretrained(tmp_path / "other")
+    assert weights_fingerprint(str(tmp_path / "same")) == before != weights_fingerprint(str(tmp_path / "other"))
+    fingerprint_module._digest_of.cache_clear()
+
+
+def test_what_a_training_leaves_beside_weights_does_not_count(tiny_models: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_models.policy, tmp_path / "copy"))
+    (folder / "training_args.bin").write_bytes(b"1")
+    assert weights_fingerprint(str(folder)) == weights_fingerprint(tiny_models.policy)
 
 
 def test_quantized_weights_are_others(tiny_models: Any) -> None:

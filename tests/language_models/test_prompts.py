@@ -173,3 +173,8 @@ def test_a_prompt_that_ends_with_the_assistant(chat_tokenizer: PreTrainedTokeniz
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.warns(UserWarning, match="TRL begins a new turn behind it"):
         check_prompts([turns], chat_tokenizer, MODELS["llama"](), max_completion_length=4)
+
+
+def test_who_leaves_out_the_checks_may_go_beyond(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=ROPE["dynamic"]))
+    check_prompts(["a" * 5], chat_tokenizer, model, max_completion_length=100, allow_scaling=True)

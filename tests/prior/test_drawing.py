@@ -18,6 +18,7 @@ from trl_bayes.language_models.settings import SamplingSettings
 from trl_bayes.prior import PriorSamplesError
 from trl_bayes.prior import drawing as drawing_module
 from trl_bayes.prior.reference import draw_prior
+from trl_bayes.prior.trained_on import draws_trained_on, mark_trained_on
 
 
 TASK = letter_count_task()
@@ -224,11 +225,24 @@ def test_a_model_in_memory_only(loaded: Loaded, tmp_path: Path, drawn: list[int]
 
 def test_others_are_drawn_where_a_policy_was_trained_on_them(loaded: Loaded, tmp_path: Path) -> None:
     """Which the policy has learned, so that they would say it is nearer to the posterior than it is."""
-    first = sample_prior(prior(loaded), TASK.prompts, [count_a], 20, folder=tmp_path)
-    again = sample_prior(prior(loaded), TASK.prompts, [count_a], 20, folder=tmp_path)
-    assert again.completion_ids == first.completion_ids
-    (kept,) = tmp_path.iterdir()
-    (kept / "trained_on.json").write_text('{"trainer": "DPGTrainer"}')
-    others = sample_prior(prior(loaded), TASK.prompts, [count_a], 20, folder=tmp_path)
+
+    def draw(folder: Path, **settings: Any) -> Completions:
+        model, tokenizer, own = prior(loaded)
+        return draw_prior(model, tokenizer, TASK.prompts, [count_a], 20, own, folder=folder, **settings).completions
+
+    first = draw(tmp_path / "kept")
+    assert draw(tmp_path / "kept", trained_on=()).completion_ids == first.completion_ids
+    (kept,) = (tmp_path / "kept").iterdir()
+    mark_trained_on(tmp_path / "policy", kept.name, "DPGTrainer")
+    assert (
+        draws_trained_on(tmp_path / "policy") == draws_trained_on(tmp_path / "policy" / "checkpoint-2") == {kept.name}
+    )
+    others = draw(tmp_path / "kept", trained_on=draws_trained_on(tmp_path / "policy"))
     assert others.completion_ids != first.completion_ids
-    assert sample_prior(prior(loaded), TASK.prompts, [count_a], 20, folder=tmp_path).texts == others.texts
+    assert draw(tmp_path / "kept", trained_on={kept.name}).texts == others.texts
+    # Another training may have the very same completions in a folder of its own
+    assert draw(tmp_path / "elsewhere").completion_ids == first.completion_ids
+    assert draw(tmp_path / "elsewhere", trained_on={kept.name}).completion_ids == others.completion_ids
+    mark_trained_on(kept, kept.name, "DPGTrainer")
+    assert draw(tmp_path / "kept", trained_on=()).completion_ids == others.completion_ids
+    assert draw(tmp_path / "kept").completion_ids == first.completion_ids  # nobody is measured

@@ -74,12 +74,6 @@ def test_an_evaluation_that_breaks_groups(tmp_path: Path) -> None:
         trainer.evaluate(Dataset.from_dict({"prompt": ["a", "b"]}))
 
 
-def test_a_language_model_in_place_of_a_reward_model(tmp_path: Path) -> None:
-    """Its reward would come from a head of random weights."""
-    with pytest.raises(ValueError, match="is a language model .*LlamaForCausalLM"):
-        make(tmp_path, ["a"], rewards=build_model(tmp_path / "other", "llama"))
-
-
 def test_weights_that_trl_would_cast(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="casts the float32 weights that are trained to half precision"):
         make(tmp_path, ["a"], use_transformers_continuous_batching=True, bf16=True)

@@ -214,7 +214,6 @@ WITHOUT_EFFECT = {  # setting: TRL's default, at which we do not warn
     "delta": None,
     "importance_sampling_level": "token",
     "use_bias_correction_kl": True,
-    "vllm_importance_sampling_correction": True,
     "vllm_importance_sampling_mode": "sequence_mask",
     "vllm_importance_sampling_clip_max": 3.0,
     "vllm_importance_sampling_clip_min": None,

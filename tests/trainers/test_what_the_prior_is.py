@@ -13,6 +13,7 @@ from tests.helpers.architectures import build_model
 from tests.helpers.trainers import QUIET, TRAINERS
 from tests.helpers.training import lora
 from trl_bayes.benchmarks.tiny import letter_count_task
+from trl_bayes.prior.trained_on import draws_trained_on
 from trl_bayes.trainers.further_data import rows_of
 from trl_bayes.trainers.learning_from_prior import prior_samples_of
 
@@ -162,8 +163,14 @@ def test_what_was_learned_of_other_evidence_is_not_resumed(
     ],
 )
 def test_samples_that_join_the_batches_are_marked(
-    kind: str, config: dict[str, Any], is_trained_on: bool, make: Make
+    kind: str, config: dict[str, Any], is_trained_on: bool, make: Make, tmp_path: Path
 ) -> None:
-    trainer = make(kind, config)
-    trainer.learn_from_prior()
-    assert prior_samples_of(trainer, rows_of(trainer)).is_trained_on == is_trained_on
+    """Beside the policy and beside the samples, once it is trained on them."""
+    trainer = make(kind, config, eval_dataset=TASK.dataset(8))
+    trainer.evaluate()
+    samples = prior_samples_of(trainer, rows_of(trainer))
+    draw = samples.identity.fingerprint
+    assert not draws_trained_on(samples.folder) and not draws_trained_on(tmp_path / "out")
+    trainer.train()
+    for folder in (samples.folder, tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        assert draws_trained_on(folder) == ({draw} if is_trained_on else set())

@@ -44,7 +44,8 @@ class EvaluateArguments(StudyArguments):
     policy's checkpoint: what a checkpoint has learned belongs to its own prior and data, which its folder does not
     name. Where a policy was trained on other prompts, or on more of them, its own target differs, and its distance
     includes that. For the same fit take the same prompts (`max_prompts`), and the training's samples, as many of
-    them: its `prior_samples_dir`, with `num_reference_samples` as its `num_prior_samples`.
+    them: its `prior_samples_dir`, with `num_reference_samples` as its `num_prior_samples`. Samples on which one of the
+    policies was trained themselves (`prior_fraction`, XPO) are not read: it would seem nearer than it is.
 
     Parameters:
         policies (`list[str]`):

@@ -17,6 +17,7 @@ from ..language_models.scoring import LogProbs
 from ..prior.drawing import PriorKeeper
 from ..prior.log_probs import KeptLogProbs
 from ..prior.reference import draw_prior
+from ..prior.trained_on import draws_trained_on
 from ..statistics.estimate import Estimate, join_notes
 from .evaluation import KEPT, Job
 from .models import load_model
@@ -119,6 +120,7 @@ class Measuring:
             folder=study.prior_samples_dir or self._kept / "samples",
             prior_name=study.prior_path,
             log_probs=self.log_prior,
+            trained_on={draw for path in self.job.policies.values() for draw in draws_trained_on(path)},
         )
         try:
             return condition(

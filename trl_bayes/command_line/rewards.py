@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..language_models.adapters import base_of_adapter
 from ..rewards import build_rewards
 from ..rewards.calling import refuse_other_heads, reward_name, reward_names
 from ..rewards.reward_model import RewardModel
@@ -37,6 +38,8 @@ def check_reward_models(rewards: Sequence[Any], arguments: Arguments) -> None:
     for name in rewards:
         if isinstance(name, str):  # TRL loads it with `model_init_kwargs`, the policy's revision included
             config = find_config("reward_funcs", name, arguments.training.trust_remote_code, settings["revision"])
+            if base_of_adapter(name, settings["revision"]) is not None:
+                continue  # whose head is its own, and not that of the base's configuration
             refuse_other_heads(config, reward_name(name))
             classifies = any(head.endswith("ForSequenceClassification") for head in config.architectures or [])
             if classifies and (labels := config.num_labels) != 1:

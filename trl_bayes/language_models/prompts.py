@@ -43,6 +43,7 @@ def check_prompts(
     *,
     max_completion_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_scaling: bool = False,
 ) -> None:
     """
     Refuses prompts that cannot be continued to the length asked for.
@@ -57,11 +58,13 @@ def check_prompts(
         model (`torch.nn.Module`): the language model.
         max_completion_length (`int`): tokens of the longest completion.
         chat_template_kwargs (`dict`, *optional*): for the chat template.
+        allow_scaling (`bool`, *optional*, defaults to `False`): to go beyond where a RoPE scaling sets in.
 
     Raises:
         ValueError: one sentence.
     """
-    positions, before_scaling = number_of_positions(model), positions_before_scaling(model)
+    positions = number_of_positions(model)
+    before_scaling = None if allow_scaling else positions_before_scaling(model)
     if before_scaling is not None:
         positions = before_scaling
     of = "" if before_scaling is None else ", behind which its RoPE scaling depends on the length"
@@ -112,8 +115,8 @@ def positions_before_scaling(model: torch.nn.Module) -> int | None:
     """
     How many tokens a model reads before it turns to other rotary frequencies; `None` for one that never does.
 
-    With `dynamic` and `longrope` scaling they depend on the length of what is read. Beyond this number a completion is
-    sampled with those of each length that it goes through, and scored with those of its whole length.
+    With `dynamic` and `longrope` scaling they depend on the length of what is read. A completion that goes beyond this
+    number is sampled with those of each length that it goes through, and scored with those of its whole length.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -121,13 +124,13 @@ def positions_before_scaling(model: torch.nn.Module) -> int | None:
         rope,
         *(each for each in rope.values() if isinstance(each, Mapping)),
     ]  # one, or one for each kind of layer
-    limits = [
-        each.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        or config.max_position_embeddings
-        for each in kinds
-        if each.get("rope_type") in ("dynamic", "longrope")
-    ]
+    limits = []
+    for each in kinds:
+        if each.get("rope_type") == "longrope":
+            own = each.get("original_max_position_embeddings")
+            limits.append(own or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+        if each.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
     return min(limits, default=None)
 
 

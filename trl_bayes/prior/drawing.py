@@ -1,7 +1,7 @@
 """Samples of the prior that are kept in a folder, as evaluation and samplers draw them, without a trainer."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from .callable_identity import callable_fingerprint
 from .identity import DrawIdentity, prompt_key, row_key
 from .samples import Draw, PriorSamples, Work
 from .store import KeptCompletions, PriorSamplesError
+from .trained_on import draws_trained_on
 
 
 _TO_ANOTHER_SEED = 1_000_003  # far from those that people choose
@@ -36,7 +37,7 @@ class PriorKeeper:
     What a training run has kept in its `prior_samples_dir` is found if it is of the same model, prompts, temperature,
     length, stop tokens and seed; what is missing is drawn and added, for the next training too. Kept completions are
     scored under this model again, in its own precision. Those on which a policy was trained (`prior_fraction`, XPO)
-    say nothing of how near it is to others, so samples of another seed are taken instead.
+    say nothing of how near it is to others: who measures policies names their draws, and gets samples of another seed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): pi_0.
@@ -50,6 +51,9 @@ class PriorKeeper:
         log_probs (`Callable`, *optional*): scores completions under the model, as
             [`~trl_bayes.language_models.scoring.log_probs`] does, which is the default.
         what (`str`, *optional*, defaults to `"prior samples"`): what is drawn, as the progress bar has it.
+        trained_on (`Collection[str]`, *optional*):
+            Draws that are not to be used, see [`~trl_bayes.prior.trained_on.draws_trained_on`], besides those that are
+            marked in the folder. By default any is used.
     """
 
     model: PreTrainedModel
@@ -61,6 +65,7 @@ class PriorKeeper:
     name: str | None = None
     log_probs: LogProbs = log_probs
     what: str = "prior samples"
+    trained_on: Collection[str] | None = None
 
     def collect(self, folder: str | os.PathLike[str], num_per_prompt: int) -> Completions:
         """
@@ -91,7 +96,7 @@ class PriorKeeper:
     def _untrained(
         self, folder: str | os.PathLike[str], keys: Sequence[torch.Tensor], num_per_prompt: int
     ) -> PriorSamples:
-        """What is kept by the seed of the settings, or the first one after it on which no policy was trained."""
+        """What is kept by the seed of the settings, or by the first one after it whose draw may be used."""
         identity = self._identity()
         rewards = [callable_fingerprint(function) for function in self.reward_funcs]
         while True:
@@ -103,7 +108,8 @@ class PriorKeeper:
                 num_samples=num_per_prompt,
                 chunk_size=self.settings.batch_size,
             )
-            if not kept.is_trained_on:
+            draw = identity.fingerprint
+            if self.trained_on is None or draw not in {*self.trained_on, *draws_trained_on(kept.folder)}:
                 return kept
             identity = replace(identity, seed=identity.seed + _TO_ANOTHER_SEED)
 

@@ -9,6 +9,7 @@ from typing import Any
 from datasets.fingerprint import Hasher
 
 
+_FORMAT = 2  # of what is kept; the first one did not say whether a policy was trained on it
 _NOT_FOR_REWARDS = ("completion", "completions", "completion_ids")  # columns that reward functions are not given
 
 
@@ -51,7 +52,7 @@ class DrawIdentity:
     @property
     def fingerprint(self) -> str:
         """Sixteen characters that tell it from any other, for the name of a folder."""
-        own = {name: value for name, value in self.to_dict().items() if name != "model"}
+        own = {name: value for name, value in self.to_dict().items() if name != "model"} | {"format": _FORMAT}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 

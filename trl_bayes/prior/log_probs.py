@@ -13,7 +13,8 @@ from ..language_models.fingerprint import model_fingerprint
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
 from .identity import stable_hash
-from .store import PriorSamplesError, write_whole
+from .store import PriorSamplesError
+from .writing import write_whole
 
 
 _AT_ONCE = 256  # completions that a killed run loses at most

@@ -1,7 +1,7 @@
 """Samples of the prior with their rewards: drawn and scored once, for every target, sampler and policy."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,7 @@ def draw_prior(
     folder: str | os.PathLike[str] | None = None,
     prior_name: str | None = None,
     log_probs: LogProbs = log_probs,
+    trained_on: Collection[str] | None = None,
 ) -> PriorReference:
     """
     Samples the prior and scores the samples; keeps them in a folder and finds them there, if one is given.
@@ -81,6 +82,7 @@ def draw_prior(
             [`~trl_bayes.prior.drawing.PriorKeeper`].
         prior_name (`str`, *optional*): folder or id that the prior was loaded from, by which samples are found.
         log_probs (`Callable`, *optional*): scores completions, see [`~trl_bayes.prior.drawing.PriorKeeper`].
+        trained_on (`Collection[str]`, *optional*): draws of the folder that are not to be used, see there.
 
     Raises:
         PriorSamplesError: samples in the folder cannot be used, or are not of this model.
@@ -89,7 +91,17 @@ def draw_prior(
     settings = with_stop_ids(settings, prior, tokenizer)
     further = dict(columns or {})
     if folder is not None:
-        keeper = PriorKeeper(prior, tokenizer, list(prompts), reward_funcs, settings, further, prior_name, log_probs)
+        keeper = PriorKeeper(
+            prior,
+            tokenizer,
+            list(prompts),
+            reward_funcs,
+            settings,
+            further,
+            prior_name,
+            log_probs,
+            trained_on=trained_on,
+        )
         completions = keeper.collect(folder, num_per_prompt)
     else:
         drawn = sample(prior, tokenizer, prompts, num_per_prompt, settings)

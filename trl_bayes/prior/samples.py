@@ -111,20 +111,6 @@ class PriorSamples:
         """Where the files of this draw are."""
         return self._store.folder
 
-    @property
-    def is_trained_on(self) -> bool:
-        """Whether a policy has been trained on these completions: it is then to be measured by others."""
-        return self._store.is_trained_on
-
-    def mark_as_trained_on(self, trainer: str) -> None:
-        """
-        Remembers in the folder that a policy is trained on these completions, for those who measure it later.
-
-        Args:
-            trainer (`str`): its class, for whoever reads it.
-        """
-        self._store.mark_as_trained_on(trainer)
-
     # ---------------------------------------------------------------------------------------------------------------
     # What is there
 

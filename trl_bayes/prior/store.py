@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +12,10 @@ import pyarrow.parquet as pq
 import torch
 
 from .identity import DrawIdentity, stable_hash
+from .writing import write_whole
 
 
 _SETTINGS_FILE = "settings.json"
-_TRAINED_ON = "trained_on.json"
 _SAMPLES = pa.schema(
     [
         ("prompt_key", pa.int64()),
@@ -81,8 +79,7 @@ class RewardIndex(NamedTuple):
 
 class SampleStore:
     """
-    A folder of one draw of the prior: `samples-*.parquet`, `rewards-*.parquet`, `settings.json`, and `trained_on.json`
-    once a policy has learned from the completions themselves.
+    A folder of one draw of the prior: `samples-*.parquet`, `rewards-*.parquet` and `settings.json`.
 
     Args:
         folder (`Path`): of many draws; that of this one is made in it.
@@ -104,16 +101,6 @@ class SampleStore:
             found = None
         if found is None or found.fingerprint != identity.fingerprint:
             raise PriorSamplesError(f"{file} does not say what the samples beside it are of: delete {self.folder}.")
-
-    @property
-    def is_trained_on(self) -> bool:
-        """Whether a policy has learned to produce these very completions, and so is no longer independent of them."""
-        return (self.folder / _TRAINED_ON).exists()
-
-    def mark_as_trained_on(self, trainer: str) -> None:
-        """Remembers that it has, for whoever measures policies by samples of the prior."""
-        text = json.dumps({"trainer": trainer}) + "\n"
-        write_whole(self.folder / _TRAINED_ON, lambda path: path.write_text(text))
 
     # ---------------------------------------------------------------------------------------------------------------
     # Samples
@@ -255,16 +242,3 @@ def _tensor(column: pa.ChunkedArray, dtype: torch.dtype) -> torch.Tensor:
     """A column of numbers, null as NaN; a copy, because Arrow's memory is read-only."""
     filled = pc.fill_null(column, math.nan) if dtype.is_floating_point else column
     return torch.tensor(filled.to_numpy(), dtype=dtype)
-
-
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file that others see whole or not at all, and that survives a loss of power."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # hidden from who looks for samples
-    try:
-        write(unfinished)
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)

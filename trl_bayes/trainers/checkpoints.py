@@ -73,15 +73,15 @@ def evidence_identity(trainer: Any) -> dict[str, Any]:
 
 
 def _prior_identity(trainer: Any) -> str | None:
-    """The prior's weights, by the files of a folder or the commit on the Hub, and the adapter that it is."""
+    """The prior's weights, by the files of its folder, and the adapter that it is."""
+    if trainer.beta == 0:
+        return None
     model = trainer.model if trainer.ref_model is None else trainer.ref_model
     config: Any = trainer.accelerator.unwrap_model(model).config
-    name = trainer.args.prior_model_name_or_path or get_config_model_id(config)
-    commit = getattr(config, "_commit_hash", None)
-    weights = weights_fingerprint(name) or (f"{name}@{commit}" if commit else None)
+    weights = weights_fingerprint(trainer.args.prior_model_name_or_path or get_config_model_id(config))
     adapter = {name: each for name, each in trainer.model.named_parameters() if ".ref." in name}
     parts = [weights, parameters_fingerprint(adapter)] if adapter else [weights]
-    return None if trainer.beta == 0 or None in parts else " ".join(map(str, parts))
+    return None if None in parts else " ".join(map(str, parts))
 
 
 def check_same_run(state: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

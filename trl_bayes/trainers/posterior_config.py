@@ -19,7 +19,6 @@ NO_EFFECT = (
     "delta",
     "importance_sampling_level",
     "use_bias_correction_kl",
-    "vllm_importance_sampling_correction",
     "vllm_importance_sampling_mode",
     "vllm_importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min",

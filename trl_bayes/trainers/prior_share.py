@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from ..prior import PriorSamples
+from ..prior.trained_on import mark_trained_on
 from .batches import row_hashes
 from .further_data import rows_of
 from .learning_from_prior import learn
@@ -28,6 +31,7 @@ class PriorShareTrainer(PosteriorTrainer):
     _prior_completions: Sequence[Sequence[int]] = ()  # of all rows, once they are drawn
     _place: dict[int, int] | None = None  # of a row of the data, by its key, among these
     _of_prior: list[list[int]] | None = None  # that join the batch which is being generated
+    _unmarked: PriorSamples | None = None  # until the first of them does
 
     @property
     def _num_of_prior(self) -> int:
@@ -51,8 +55,7 @@ class PriorShareTrainer(PosteriorTrainer):
         learns_more = self.target.needs_prior_samples or self.partition.needs_prior_samples
         rows = rows_of(self, only_trained=not learns_more)
         samples = learn(self, rows, again)
-        if self.accelerator.is_main_process:
-            samples.mark_as_trained_on(type(self).__name__)
+        self._unmarked = samples
         self._prior_completions = samples.completions().completion_ids
         self._place = {key: place for place, key in enumerate(rows.keys.tolist())}
 
@@ -95,10 +98,19 @@ class PriorShareTrainer(PosteriorTrainer):
         if not self.has_learned:
             self.learn_from_prior()
         self._of_prior = self._choose_of_prior(inputs)
+        if self.model.training:
+            self._mark_as_trained_on()
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
             self._of_prior = None
+
+    def _mark_as_trained_on(self) -> None:
+        """Says so beside the policy and beside the samples, once, for those who measure it by samples of the prior."""
+        samples, self._unmarked = self._unmarked, None
+        if samples is not None and self.accelerator.is_main_process:
+            for folder in (Path(str(self.args.output_dir)), samples.folder):
+                mark_trained_on(folder, samples.identity.fingerprint, type(self).__name__)
 
     def _generate_with_rewards(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         output, rows = super()._generate_with_rewards(inputs)

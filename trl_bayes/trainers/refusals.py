@@ -13,7 +13,7 @@ from ..divergences import Divergence
 from ..language_models.noise import adds_noise
 from ..language_models.prompts import check_prompts
 from ..partitions import Partition
-from ..rewards.calling import check_columns, refuse_other_heads, refuse_same_names, reward_name
+from ..rewards.calling import check_columns, refuse_same_names
 from ..targets import Target
 from .exactness import Inexact, distribution_altering_settings
 from .posterior_config import PosteriorConfig
@@ -38,8 +38,6 @@ def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any
         TypeError: a configuration of another class.
         ValueError: two targets, or an adapter that cannot be trained; one sentence.
     """
-    if not isinstance(model, str) and is_peft_model(model):
-        _refuse_untrainable(model)
     config_class: type[PosteriorConfig] = trainer_class.config_class
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -49,6 +47,8 @@ def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any
             f"`{trainer_class.__name__}` takes a `{config_class.__name__}` as `args`, got `{type(args).__name__}`: "
             "change the class name, the fields are the same."
         )
+    if not isinstance(model, str) and is_peft_model(model):
+        _refuse_untrainable(model, args)
     if target is not None and trainer_class.makes_target:
         raise ValueError(
             f"{trainer_class.__name__} makes its target from its configuration: use KLRLTrainer for another."
@@ -58,9 +58,10 @@ def check_arguments(trainer_class: Any, args: PosteriorConfig | None, model: Any
     return args
 
 
-def _refuse_untrainable(model: Any) -> None:
-    """An adapter is loaded for inference by default, and TRL asks for one that is called "default"."""
-    if "default" not in model.peft_config:
+def _refuse_untrainable(model: Any, args: PosteriorConfig) -> None:
+    """An adapter is loaded for inference by default, and TRL copies the one that is called "default" as the prior."""
+    is_copied = args.beta != 0 and args.prior_model_name_or_path is None
+    if is_copied and "default" not in model.peft_config:
         raise ValueError(
             f"The model's adapter is called {next(iter(model.peft_config))!r}, and TRL trains the one called "
             "'default': load it without `adapter_name`."
@@ -114,8 +115,9 @@ def check_constructed(trainer: Any) -> None:
         )
     if not trainer.use_vllm:  # which is given TRL's settings only
         refuse_inexact_model_defaults(trainer.model.generation_config, trainer.generation_kwargs, args)
+    further = []
     if trainer.aux_loss_enabled:
-        args.inexact.append(
+        further.append(
             Inexact(
                 "",
                 "The router's loss of this mixture of experts is added to the divergence, "
@@ -124,13 +126,16 @@ def check_constructed(trainer: Any) -> None:
             )
         )
     if args.weight_decay > 0:
-        args.inexact.append(
+        further.append(
             Inexact(
                 "",
                 f"`weight_decay={args.weight_decay}` pulls weights, or those of an adapter, to zero, so training ends "
                 "a little off the posterior.",
             )
         )
+    args.inexact += [
+        each for each in further if each not in args.inexact
+    ]  # of another trainer with this configuration
     if ineffective := args.ineffective_settings():
         warn(ineffective)
     if args.inexact:
@@ -203,7 +208,8 @@ def refuse_inexact_model_defaults(
         )
         if args.inexact_settings == "refuse":
             raise ValueError(inexact.refusal)
-        args.inexact.append(inexact)
+        if inexact not in args.inexact:
+            args.inexact.append(inexact)
 
 
 def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
@@ -221,9 +227,6 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
         ValueError: one sentence.
     """
     refuse_same_names(trainer.reward_func_names)
-    for model in trainer.reward_funcs:
-        if isinstance(model, torch.nn.Module):
-            refuse_other_heads(model.config, reward_name(model))
     if trainer._tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has neither a pad token nor an EOS token: set `tokenizer.pad_token`.")
     if trainer._is_vlm and (setting := trainer.args.keeps_text) is not None:
@@ -239,6 +242,7 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
                 trainer.accelerator.unwrap_model(trainer.model),
                 max_completion_length=trainer.max_completion_length,
                 chat_template_kwargs=trainer.chat_template_kwargs,
+                allow_scaling=not trainer.args.check_log_probs,
             )
 
 
@@ -266,7 +270,8 @@ def refuse_early(
         if isinstance(dataset, Mapping):
             raise ValueError(f"The data has the splits {list(dataset)}: give one of them, such as `dataset['train']`.")
         columns = dataset.column_names  # of a stream they may not be known
-        check_columns(columns)
+        if not args.remove_unused_columns:  # else no function is given any
+            check_columns(columns)
         if not writes_prompts and columns is not None and "prompt" not in columns:
             raise ValueError(f"The data has no column 'prompt': it has {columns}.")
         if isinstance(dataset, Dataset) and len(dataset) == 0:

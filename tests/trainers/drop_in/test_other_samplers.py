@@ -33,7 +33,6 @@ def test_vllm(kind: str, make: Make, fake_vllm: type) -> None:
     assert "sampling/importance_sampling_ratio/mean" in logs[0]
 
 
-@pytest.mark.filterwarnings("ignore:`vllm_importance_sampling_correction` has no effect:UserWarning")
 def test_vllm_without_correction_still_weighs_by_the_sampler(make: Make, fake_vllm: type) -> None:
     trainer = make("dpg", {"use_vllm": True, "vllm_importance_sampling_correction": False})
     recorded = record(trainer)
