@@ -62,6 +62,7 @@ class Measuring:
     def __init__(self, job: Job, say: Callable[[str], None]):
         self.job, self.say = job, say
         self.log_prior = self._kept_log_probs(job.study.prior, job.study.prior_path)
+        self.trained_on = {draw for path in job.policies.values() for draw in draws_trained_on(path)}
         self.number = 0  # of the samples of the prior for each prompt
 
     def posterior(self) -> Posterior:
@@ -120,7 +121,7 @@ class Measuring:
             folder=study.prior_samples_dir or self._kept / "samples",
             prior_name=study.prior_path,
             log_probs=self.log_prior,
-            trained_on={draw for path in self.job.policies.values() for draw in draws_trained_on(path)},
+            trained_on=self.trained_on,
         )
         try:
             return condition(

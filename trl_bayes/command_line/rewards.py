@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from ..language_models.adapters import base_of_adapter
 from ..rewards import build_rewards
-from ..rewards.calling import refuse_other_heads, reward_name, reward_names
+from ..rewards.calling import reward_name, reward_names
 from ..rewards.reward_model import RewardModel
 from .arguments import Arguments, TrainingScriptArguments
 from .models import find_config, loading_arguments
@@ -40,13 +41,22 @@ def check_reward_models(rewards: Sequence[Any], arguments: Arguments) -> None:
             config = find_config("reward_funcs", name, arguments.training.trust_remote_code, settings["revision"])
             if base_of_adapter(name, settings["revision"]) is not None:
                 continue  # whose head is its own, and not that of the base's configuration
-            refuse_other_heads(config, reward_name(name))
-            classifies = any(head.endswith("ForSequenceClassification") for head in config.architectures or [])
-            if classifies and (labels := config.num_labels) != 1:
-                raise ValueError(
-                    f"The reward model {name!r} has {labels} labels and a reward is one number: use the reward "
-                    "`classified_as`, which takes the probability of a label."
-                )
+            _refuse_other_heads(config, name)
+
+
+def _refuse_other_heads(config: PretrainedConfig, name: str) -> None:
+    """A language model, which would get a head of random numbers, and a classifier that gives several of them."""
+    heads = config.architectures or []
+    if heads and all(head.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")) for head in heads):
+        raise ValueError(
+            f"The reward {reward_name(name)!r} is a language model ({heads[0]}), whose reward would come from a head "
+            "of random weights: name a sequence classifier with one label, or a function."
+        )
+    if any(head.endswith("ForSequenceClassification") for head in heads) and config.num_labels != 1:
+        raise ValueError(
+            f"The reward model {name!r} has {config.num_labels} labels and a reward is one number: use the reward "
+            "`classified_as`, which takes the probability of a label."
+        )
 
 
 def load_reward_models(rewards: Sequence[Any], arguments: Arguments, device: torch.device) -> list[Any]:

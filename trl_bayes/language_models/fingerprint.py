@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -125,15 +125,17 @@ def _digest_of(file: Path, size: int, changed: int) -> str:
     with file.open("rb") as content:
         if size <= _READ_WHOLE or file.suffix != ".safetensors":
             return hashlib.file_digest(content, "sha256").hexdigest()
-        # Its header says in JSON where each tensor is; the first eight bytes are the header's length
-        length = int.from_bytes(content.read(8), "little")
-        header = content.read(length)
-        digest = hashlib.sha256(header)
-        for name, entry in json.loads(header).items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            for part in range(_PARTS):
-                content.seek(8 + length + begin + part * max(end - begin - _PART_SIZE, 0) // (_PARTS - 1))
-                digest.update(content.read(min(_PART_SIZE, end - begin)))
-        return digest.hexdigest()
+        return _digest_of_tensors(content)
+
+
+def _digest_of_tensors(content: BinaryIO) -> str:
+    """Of parts of each tensor of a safetensors file, whose JSON header says where they are, behind its own length."""
+    length = int.from_bytes(content.read(8), "little")
+    header = content.read(length)
+    digest = hashlib.sha256(header)
+    places = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+    for begin, end in places:
+        for part in range(_PARTS):
+            content.seek(8 + length + begin + part * max(end - begin - _PART_SIZE, 0) // (_PARTS - 1))
+            digest.update(content.read(min(_PART_SIZE, end - begin)))
+    return digest.hexdigest()

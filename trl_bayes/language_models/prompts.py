@@ -120,12 +120,9 @@ def positions_before_scaling(model: torch.nn.Module) -> int | None:
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        rope,
-        *(each for each in rope.values() if isinstance(each, Mapping)),
-    ]  # one, or one for each kind of layer
+    of_layers = [each for each in rope.values() if isinstance(each, Mapping)]  # where kinds of layers have their own
     limits = []
-    for each in kinds:
+    for each in [rope, *of_layers]:
         if each.get("rope_type") == "longrope":
             own = each.get("original_max_position_embeddings")
             limits.append(own or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))

@@ -33,20 +33,10 @@ _PLAIN = (type(None), bool, int, float, complex, bytes, range, type(Ellipsis), t
 _MODULE_ATTRIBUTES = ("__doc__", "__dict__", "__weakref__", "__module__", "__annotations__", "__dataclass_fields__")
 # With these, values may depend on what is not in the program: files, the environment, code that is not there yet
 _SEES_OUTSIDE = {
-    *(
-        "open",
-        "read_text",
-        "read_bytes",
-        "environ",
-        "getenv",
-        "urlopen",
-        "import_module",
-        "listdir",
-        "glob",
-        "connect",
-    ),
-    *("load", "loadtxt", "genfromtxt", "fromfile", "load_file", "load_dataset", "load_from_disk"),
-    *("read_csv", "read_json", "read_parquet", "read_table", "read_excel"),
+    *("open", "read_text", "read_bytes", "environ", "getenv", "urlopen", "import_module"),
+    *("listdir", "glob", "connect"),
+    *("fromfile", "genfromtxt", "load", "load_dataset", "load_file", "load_from_disk"),
+    *("loadtxt", "read_csv", "read_excel", "read_json", "read_parquet", "read_table"),
 }
 _BUILTIN_SEES_OUTSIDE = {"eval", "exec", "globals", "input", "__import__"}  # `model.eval()` does not
 # Libraries whose version does not stand for what they return: servers and other programs

@@ -33,6 +33,6 @@ def draws_trained_on(folder: str | Path) -> set[str]:
 def _read(file: Path) -> dict[str, str]:
     try:
         found = json.loads(file.read_text()) if file.is_file() else {}
-    except (json.JSONDecodeError, OSError):  # cut by a kill: nothing else is lost
+    except (json.JSONDecodeError, OSError):  # somebody else's file of this name
         return {}
     return found if isinstance(found, dict) else {}

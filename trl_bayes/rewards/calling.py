@@ -73,25 +73,6 @@ def refuse_same_names(names: Sequence[str]) -> None:
         )
 
 
-def refuse_other_heads(config: Any, name: str) -> None:
-    """
-    Refuses a language model in place of a reward model: its head for the reward would be random numbers.
-
-    Args:
-        config ([`~transformers.PretrainedConfig`]): of the reward model, as it is in its files.
-        name (`str`): of the reward, for the message.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    heads = getattr(config, "architectures", None) or []
-    if heads and all(head.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")) for head in heads):
-        raise ValueError(
-            f"The reward {name!r} is a language model ({heads[0]}), whose reward would come from a head of random "
-            "weights: name a sequence classifier with one label, or a function."
-        )
-
-
 def check_columns(columns: Sequence[str] | None) -> None:
     """
     Refuses columns of the data that reward functions would be given twice.

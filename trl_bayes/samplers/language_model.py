@@ -15,7 +15,7 @@ from ..language_models.generation import evaluating, generate, seeded, tokenize_
 from ..language_models.samples import score
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
-from ..rewards.calling import RewardFunction, without_infinite
+from ..rewards.calling import RewardFunction
 from ..targets import Context, Target
 from .source import CompletionSource, log_weights_of
 
@@ -103,15 +103,16 @@ class LanguageModelSource(CompletionSource):
 
     def evaluate(self, prompt_index: Tensor, completion_ids: list[list[int]]) -> Completions:
         completions = self._completions(prompt_index, completion_ids, self.decode(completion_ids))
-        rewards, _ = without_infinite(score(self.reward_funcs, completions, self.tokenizer, self.columns))
+        rewards = score(self.reward_funcs, completions, self.tokenizer, self.columns)
+        completions = completions.with_known(rewards=rewards)
         log_ratio = torch.zeros(len(completions), dtype=torch.float64)
         log_prior = log_ratio
         if self.proposal is not None or self.target.needs_context:  # else nobody reads it
             log_prior = self._log_probs(self.prior, completions)
         if self.proposal is not None:
             log_ratio = log_prior - self._log_probs(self.proposal, completions)
-        phi = self.target(rewards, Context(log_prior, self.prompt_keys[prompt_index])).double()
-        return completions.with_known(rewards=rewards, phi=phi, log_weights=log_weights_of(phi, log_ratio))
+        phi = self.target(completions.rewards, Context(log_prior, self.prompt_keys[prompt_index])).double()
+        return completions.with_known(phi=phi, log_weights=log_weights_of(phi, log_ratio))
 
     def _log_probs(self, model: PreTrainedModel, completions: Completions) -> Tensor:
         return log_probs(model, completions, replace(self.settings, progress=False))  # the bar is that of generation

@@ -10,6 +10,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..language_models.fingerprint import parameters_fingerprint, weights_fingerprint
 from ..targets import Target
+from .prior_model import adapter_of_prior
 from .warnings_of_users import warn
 
 
@@ -79,7 +80,7 @@ def _prior_identity(trainer: Any) -> str | None:
     model = trainer.model if trainer.ref_model is None else trainer.ref_model
     config: Any = trainer.accelerator.unwrap_model(model).config
     weights = weights_fingerprint(trainer.args.prior_model_name_or_path or get_config_model_id(config))
-    adapter = {name: each for name, each in trainer.model.named_parameters() if ".ref." in name}
+    adapter = adapter_of_prior(trainer)
     parts = [weights, parameters_fingerprint(adapter)] if adapter else [weights]
     return None if None in parts else " ".join(map(str, parts))
 

@@ -30,6 +30,7 @@ from ..prior.drawing import MOVED
 from ..targets import Target
 from .batches import own_tokens, row_hash, sequence_log_probs
 from .kept_samples_check import refuse_samples_of_another_model
+from .prior_model import adapter_of_prior
 from .warnings_of_users import warn
 
 
@@ -95,8 +96,7 @@ def _draw_identity(trainer: Any, rewards: list[str | None]) -> DrawIdentity:
     """What is drawn; where that cannot be told, something that no other run has."""
     args, model_id = trainer.args, get_config_model_id(trainer.model.config)
     parts = [model_fingerprint(model_id, trainer.model), *(callable_fingerprint(tool) for tool in trainer.tools or [])]
-    adapter = {name: each for name, each in trainer.model.named_parameters() if ".ref." in name}
-    if adapter:  # a trained adapter is part of the prior, which TRL keeps under this name
+    if adapter := adapter_of_prior(trainer):
         parts.append(parameters_fingerprint(adapter))
     if trainer.rollout_func is not None:  # it may give the reward functions more than is kept
         parts += [callable_fingerprint(trainer.rollout_func), *rewards]

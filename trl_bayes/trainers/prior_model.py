@@ -91,6 +91,16 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
     return trainer.accelerator.prepare_model(prior, evaluation_mode=True)
 
 
+def adapter_of_prior(trainer: Any) -> dict[str, torch.nn.Parameter]:
+    """
+    The weights of the adapter that training has started from, which TRL keeps as part of the prior; often none.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): constructed.
+    """
+    return {name: each for name, each in trainer.model.named_parameters() if ".ref." in name}
+
+
 def _refuse_other_ends(trainer: GRPOTrainer, name: str, prior: Any, trust_remote_code: bool) -> None:
     """
     Refuses a prior that ends its completions at other tokens than the policy that is sampled.

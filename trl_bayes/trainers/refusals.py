@@ -133,9 +133,8 @@ def check_constructed(trainer: Any) -> None:
                 "a little off the posterior.",
             )
         )
-    args.inexact += [
-        each for each in further if each not in args.inexact
-    ]  # of another trainer with this configuration
+    # Another trainer with this configuration may have added them already
+    args.inexact += [each for each in further if each not in args.inexact]
     if ineffective := args.ineffective_settings():
         warn(ineffective)
     if args.inexact:
