@@ -385,7 +385,7 @@ def test_unknown_name_suggests_the_nearest_and_lists_all() -> None:
     with pytest.raises(ValueError, match="did you mean 'jensen_shannon'") as error:
         get_divergence("jensen-shanon")
     assert all(name in str(error.value) for name in DIVERGENCES)
-    with pytest.raises(ValueError, match="Unknown divergence 'xyzzy'. Set `divergence` to one of: forward_kl"):
+    with pytest.raises(ValueError, match="Unknown divergence 'xyzzy': set `divergence` to one of forward_kl"):
         get_divergence("xyzzy")
 
 

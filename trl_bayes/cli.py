@@ -7,11 +7,11 @@ its docstring is its help. They are found by reading the files, so that `trl-bay
 import importlib
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from . import __version__
 from .command_line.discovery import modules_with
+from .spelling import did_you_mean
 
 
 _FOLDER = Path(__file__).parent / "commands"
@@ -37,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = argv[0].replace("_", "-")
     known = commands()
     if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(known)}."
-        print(f"trl-bayes: error: There is no command {argv[0]!r}: {hint}", file=sys.stderr)
+        hint = did_you_mean(name, known)
+        print(
+            f"trl-bayes: error: There is no command {argv[0]!r}{hint}: use one of {', '.join(known)}.", file=sys.stderr
+        )
         raise SystemExit(2)
     importlib.import_module(f".commands.{name.replace('-', '_')}", __package__).main(argv[1:])
 

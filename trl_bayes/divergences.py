@@ -20,7 +20,6 @@ Two facts hold for every function of the table:
    constant, the loss goes on as a straight line with that slope, and `f`, `f_over_t` are huge but not exact.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .spelling import did_you_mean
 
 
 __all__ = ["DIVERGENCES", "Divergence", "get_divergence"]
@@ -89,9 +90,10 @@ def get_divergence(name: str, alpha: float | None = None) -> Divergence:
         ValueError: the name is unknown; `alpha` is missing, is not finite, or is given with another name.
     """
     if name not in DIVERGENCES:
-        nearest = difflib.get_close_matches(str(name), DIVERGENCES, n=1)
-        hint = f"; did you mean '{nearest[0]}'?" if nearest else "."
-        raise ValueError(f"Unknown divergence '{name}'{hint} Set `divergence` to one of: {', '.join(DIVERGENCES)}.")
+        raise ValueError(
+            f"Unknown divergence '{name}'{did_you_mean(name, DIVERGENCES)}: set `divergence` to one of "
+            f"{', '.join(DIVERGENCES)}."
+        )
     if name != "alpha":
         if alpha is not None:
             raise ValueError(

@@ -55,14 +55,16 @@ def test_python_m() -> None:
     command = [sys.executable, "-m", "trl_bayes", "f-dgp"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert run.returncode == 2
-    assert run.stderr == "trl-bayes: error: There is no command 'f-dgp': did you mean 'f-dpg'?\n"
+    assert run.stderr.startswith(
+        "trl-bayes: error: There is no command 'f-dgp' (did you mean 'f-dpg'?): use one of bench, "
+    )
 
 
 def test_unknown_command_far_from_all(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["zzzzzz"])
     assert stopped.value.code == 2
-    assert "the commands are bench," in capsys.readouterr().err
+    assert "use one of bench," in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import trl_bayes
 PACKAGE = Path(trl_bayes.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 _ROOMS = (
-    "divergences.py groups.py statistics rewards language_models prior targets partitions.py estimators trainers "
+    "spelling.py divergences.py groups.py statistics rewards language_models prior targets partitions.py estimators trainers "
     "samplers evaluation benchmarks command_line commands cli.py assets"
 ).split()
 _SECTION = re.compile(r"(?<=<!-- files -->\n```text\n).*?(?=```)", re.DOTALL)
@@ -22,6 +22,9 @@ _SECTION = re.compile(r"(?<=<!-- files -->\n```text\n).*?(?=```)", re.DOTALL)
 def tree() -> str:
     """A line for each room and file, from the ground up."""
     lines = []
+    rooms = {path.name for path in PACKAGE.glob("[!_]*") if path.is_dir() or path.suffix == ".py"}
+    if missing := rooms.symmetric_difference(_ROOMS):
+        raise ValueError(f"`_ROOMS` in tests/helpers/tree.py must name each room once: look at {sorted(missing)}.")
     for name in _ROOMS:
         path = PACKAGE / name
         lines.append(_line(name + "/" * path.is_dir(), path / "__init__.py" if path.is_dir() else path))

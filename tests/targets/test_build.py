@@ -149,7 +149,7 @@ def test_a_target_file_is_all_that_a_recipe_needs(tmp_path: Path, monkeypatch: p
     assert repr(build_target({"name": "product", "factors": [{"name": "signed_square", "beta": 2.0}]})) == (
         "Product(factors=[SignedSquare(beta=2.0)])"
     )
-    with pytest.raises(ValueError, match="Did you mean 'signed_square'"):
+    with pytest.raises(ValueError, match="did you mean 'signed_square'"):
         build_target("signed_squares")
 
 
@@ -213,10 +213,9 @@ def test_not_a_specification(spec: Any) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tild", "Unknown target 'tild': use one of ["),
-        ("tild", "] or the dotted path of a Target class. Did you mean 'tilt'?"),
+        ("tild", "Unknown target 'tild' (did you mean 'tilt'?): use one of ["),
         ("xyz", "] or the dotted path of a Target class."),
-        ({"name": "constrant"}, "Did you mean 'constraint'?"),
+        ({"name": "constrant"}, "(did you mean 'constraint'?)"),
         (
             "no_such_package.Mine",
             "The target 'no_such_package.Mine' cannot be imported (ModuleNotFoundError: No module",
@@ -272,7 +271,7 @@ def test_refused(spec: Any, message: str) -> None:
 def test_an_unlike_name_gets_no_suggestion() -> None:
     with pytest.raises(ValueError) as error:
         build_target("xyz", beta=0.3)
-    assert "Did you mean" not in str(error.value)
+    assert "did you mean" not in str(error.value)
     assert all(repr(name) in str(error.value) for name in ("constraint", "product", "tilt"))
 
 

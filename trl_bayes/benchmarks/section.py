@@ -9,11 +9,11 @@ each measurement.
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from ..spelling import did_you_mean
 from .figure import TrainingCurves
 
 
@@ -84,6 +84,4 @@ def check_words(name: str, given: Iterable[str], known: Sequence[str]) -> None:
     """
     for word in given:
         if word not in known:
-            close = get_close_matches(word, known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"`{name}`: {word!r} is not one of {', '.join(known)}{hint}.")
+            raise ValueError(f"`{name}`: {word!r} is not one of {', '.join(known)}{did_you_mean(word, known)}.")

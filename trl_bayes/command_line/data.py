@@ -11,10 +11,10 @@ from trl import get_dataset
 from ..assets import EMBEDDED, embedded_path, own_or_shipped
 from ..language_models.prompts import check_prompt
 from ..rewards.calling import check_columns
+from ..spelling import did_you_mean
 from .arguments import Arguments, TrainingScriptArguments
 from .models import first_sentence
 from .prompts import PromptError, with_prompts
-from .unknown_keys import nearest
 
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -77,7 +77,7 @@ def select_split(dataset: Any, split: str, script: TrainingScriptArguments) -> A
             sentence.
     """
     if split not in dataset:
-        raise ValueError(f"The data has no split {split!r}{nearest(split, dataset)}: it has {list(dataset)}.")
+        raise ValueError(f"The data has no split {split!r}{did_you_mean(split, dataset)}: it has {list(dataset)}.")
     rows = with_prompts(dataset[split], script.prompt_template, script.prompt_words, script.prompt_as_message)
     columns = rows.column_names
     if columns is not None and "prompt" not in columns:

@@ -11,10 +11,10 @@ from trl import DatasetMixtureConfig, apply_chat_template
 
 from ..language_models.generation import tokenize_prompt
 from ..language_models.prompts import check_prompt
+from ..spelling import did_you_mean
 from .arguments import Arguments
 from .data import load_data
 from .demonstration_recipe import CloneArguments, PreferenceArguments
-from .unknown_keys import nearest
 
 
 _READ_BY_NOBODY = ("tools", "image", "images", "chat_template_kwargs")
@@ -32,7 +32,7 @@ def load_rows(args: Any) -> Dataset:
     found = load_data(arguments)
     name, split = args.dataset_name, args.dataset_train_split
     if split not in found:
-        raise ValueError(f"{name!r} has no split {split!r}{nearest(split, found)}: it has {list(found)}.")
+        raise ValueError(f"{name!r} has no split {split!r}{did_you_mean(split, found)}: it has {list(found)}.")
     rows = cast(Dataset, found[split])
     if len(rows) == 0:
         raise ValueError(f"The data {name!r} have no rows.")

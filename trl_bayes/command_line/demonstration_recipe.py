@@ -10,10 +10,11 @@ import yaml
 from trl import ModelConfig, RewardConfig, SFTConfig
 
 from ..language_models.settings import at_least
+from ..spelling import did_you_mean
 from ..trainers.posterior_trainer import PosteriorTrainer
 from .parser import RecipeParser, read_recipe
 from .recipe import trainers, training_parser
-from .unknown_keys import nearest, unknown_keys
+from .unknown_keys import unknown_keys
 
 
 SECTIONS = ("clone", "reward", "rl")
@@ -206,7 +207,7 @@ def read_demonstration_recipe(arguments: DemonstrationArguments, source: str) ->
         )
     known, named = trainers(), str(sections["rl"].get("trainer", "KLRLTrainer"))
     if named not in known:
-        raise ValueError(f"There is no trainer {named!r}{nearest(named, known)}: use one of {list(known)}.")
+        raise ValueError(f"There is no trainer {named!r}{did_you_mean(named, known)}: use one of {list(known)}.")
     rule = _rule(sections["rl"], source)
     return DemonstrationRecipe(arguments, sections, source, known[named], rule)
 

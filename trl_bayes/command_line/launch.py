@@ -13,8 +13,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..assets import shipped_file
+from ..spelling import did_you_mean
 from .extras import require_extra
-from .parser import nearest
 
 
 ACCELERATE_CONFIG = "accelerate_config"
@@ -83,7 +83,7 @@ def accelerate_config_file(name: str) -> str:
     known = sorted(file.stem for file in shipped_file("accelerate_configs").glob("*.yaml"))
     if name not in known:
         raise ValueError(
-            f"There is no accelerate configuration {name!r}{nearest(name, known)}: use {known} or a file."
+            f"There is no accelerate configuration {name!r}{did_you_mean(name, known)}: use {known} or a file."
         )
     return str(shipped_file(f"accelerate_configs/{name}.yaml"))
 

@@ -17,12 +17,13 @@ from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 
 import trl_bayes
 
+from ..spelling import did_you_mean
 from ..trainers.posterior_config import PosteriorConfig
 from ..trainers.posterior_trainer import PosteriorTrainer
 from .arguments import Arguments, StudyArguments, TrainingScriptArguments
 from .launch import ACCELERATE_CONFIG, launcher_actions, launcher_flags_from_recipe, split_launcher_flags
 from .parser import RecipeParser, read_recipe
-from .unknown_keys import nearest, unknown_flags, unknown_keys
+from .unknown_keys import unknown_flags, unknown_keys
 
 
 _STUDIED = (
@@ -235,7 +236,9 @@ def _config_class(recipe: Mapping[str, Any], name: str | None) -> type[Posterior
     name = recipe.get("trainer") if name is None else name
     if name is not None:
         if name not in known:
-            raise ValueError(f"There is no trainer {name!r}{nearest(str(name), known)}: use one of {list(known)}.")
+            raise ValueError(
+                f"There is no trainer {name!r}{did_you_mean(str(name), known)}: use one of {list(known)}."
+            )
         return known[name].config_class
     classes: set[type[PosteriorConfig]] = {PosteriorConfig, *(each.config_class for each in known.values())}
     keys = recipe.keys() & (_keys_of_trainers() - GRPOConfig.__dataclass_fields__.keys())

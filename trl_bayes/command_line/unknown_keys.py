@@ -1,7 +1,8 @@
 """What to say of keys and flags that no command knows: those that others renamed or removed, and misspelled ones."""
 
 from collections.abc import Collection, Iterable
-from difflib import get_close_matches
+
+from ..spelling import did_you_mean
 
 
 _RENAMED = {
@@ -123,12 +124,6 @@ _REMOVED = {
 """Keys of others that nothing here means, and what to do instead."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A question with the known word that is nearest, to be put at the end of a message; empty if none is near."""
-    close = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def unknown_keys(unknown: Collection[str], known: Iterable[str], source: str) -> str:
     """
     A sentence about keys of a recipe that nothing knows, with what to do about each.
@@ -166,4 +161,4 @@ def _hint(word: str, known: list[str], fields: list[str]) -> str:
     named = _REMOVED.get(key, "").split("`")[1::2]
     if key in _REMOVED and (not named or any(name.partition(":")[0] in fields for name in named)):
         return f" ({_REMOVED[key]})"
-    return nearest(word, known)
+    return did_you_mean(word, known)

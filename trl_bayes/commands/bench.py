@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast, get_type_hints
 
 from .. import benchmarks
 from ..command_line.discovery import modules_with
+from ..spelling import did_you_mean
 from .env import environment
 
 
@@ -89,9 +90,9 @@ def module_of(name: str) -> Any:
     """
     known = sections()
     if name not in known:
-        from ..command_line.parser import nearest
-
-        raise ValueError(f"There is no section {name!r}{nearest(name, known)}: the sections are {', '.join(known)}.")
+        raise ValueError(
+            f"There is no section {name!r}{did_you_mean(name, known)}: the sections are {', '.join(known)}."
+        )
     return importlib.import_module(f"{benchmarks.__name__}.{name.replace('-', '_')}")
 
 

@@ -4,10 +4,10 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+from ..spelling import did_you_mean
 from .specification import import_object, with_numbers
 
 
@@ -89,11 +89,9 @@ def _find(name: str) -> Any:
     if name in ready:
         return getattr(importlib.import_module(ready[name]), name)
     if "." not in name:
-        close = get_close_matches(name, ready, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(
-            f"There is no reward {name!r}{hint}: use one of {sorted(ready)}, the dotted path of a function, or the id "
-            "or folder of a reward model."
+            f"There is no reward {name!r}{did_you_mean(name, ready)}: use one of {sorted(ready)}, the dotted path "
+            "of a function, or the id or folder of a reward model."
         )
     return _import(name)
 

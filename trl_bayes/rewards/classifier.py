@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from ..spelling import did_you_mean
 from .texts import RewardFunction, completion_text, full_text, named, slug
 
 
@@ -158,8 +158,7 @@ def _find_label(name: str, label: str | int, labels: dict[int, str]) -> int:
         return label
     if isinstance(label, str) and label in columns:
         return columns[label]
-    close = get_close_matches(str(label), columns, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(label, columns)
     raise ValueError(f"The classifier {name!r} has no label {label!r}{hint}: it has {list(columns)}.")
 
 

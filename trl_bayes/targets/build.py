@@ -5,10 +5,10 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from ..rewards.specification import import_object, with_numbers
+from ..spelling import did_you_mean
 from .base import Target
 
 
@@ -79,10 +79,9 @@ def _find(name: str) -> type[Target]:
         known = target_names()
         if name in known:
             return known[name]
-        close = get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"Unknown target {name!r}: use one of {list(known)} or the dotted path of a Target class.{hint}"
+            f"Unknown target {name!r}{did_you_mean(name, known)}: use one of {list(known)} or the dotted path of a "
+            "Target class."
         )
     found = import_object(name, "target")
     if not _is_target(found):
