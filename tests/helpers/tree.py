@@ -13,8 +13,8 @@ import trl_bayes
 PACKAGE = Path(trl_bayes.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 _ROOMS = (
-    "spelling.py divergences.py groups.py statistics rewards language_models prior targets partitions.py estimators trainers "
-    "samplers evaluation benchmarks command_line commands cli.py assets"
+    "spelling.py divergences.py groups.py statistics rewards language_models prior targets partitions.py estimators "
+    "trainers samplers evaluation benchmarks command_line commands cli.py assets"
 ).split()
 _SECTION = re.compile(r"(?<=<!-- files -->\n```text\n).*?(?=```)", re.DOTALL)
 

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from trl.trainer.utils import pad
 
 
 Batching = Literal["together", "by_length", "alone"]
@@ -30,13 +31,9 @@ _FOUND: WeakKeyDictionary[torch.nn.Module, Batching] = WeakKeyDictionary()
 
 def pad_rows(rows: Sequence[list[int]], pad_token_id: int, left: bool) -> tuple[Tensor, Tensor]:
     """Rows padded to the longest: ids and mask, (B, L)."""
-    length = max(len(row) for row in rows)
-    ids, mask = [], []
-    for row in rows:
-        padding, zeros = [pad_token_id] * (length - len(row)), [0] * (length - len(row))
-        ids.append(padding + row if left else row + padding)
-        mask.append(zeros + [1] * len(row) if left else [1] * len(row) + zeros)
-    return torch.tensor(ids), torch.tensor(mask)
+    side = "left" if left else "right"
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad(ids, pad_token_id, side), pad([torch.ones_like(row) for row in ids], 0, side)
 
 
 def in_batches(model: PreTrainedModel, rows: Sequence[list[int]], padding: int) -> list[list[int]]:
