@@ -205,6 +205,8 @@ def test_resume_gives_the_uninterrupted_run(recipe: dict[str, Any]) -> None:
     recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
     train("f-dpg", recipe | {"output_dir": "straight"})
     train("f-dpg", recipe | {"output_dir": "parts", "max_steps": 2})
+    Path("parts", "checkpoint-3").mkdir()  # a kill left it so
+    Path("parts", "checkpoint-3", "posterior_state_0.pt").write_bytes(b"")
     train("f-dpg", recipe | {"output_dir": "parts"}, "--resume_from_checkpoint", "true")
     straight, parts = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in ("straight", "parts"))
     for key, weight in straight.items():

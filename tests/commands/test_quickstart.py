@@ -2,6 +2,7 @@
 
 import json
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,21 @@ def test_an_interrupted_run_keeps_what_is_trained(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(quickstart, "train", lambda run, *rest: trained.append(run.name))
     quickstart.train_all(args, prepare_quickstart(args), quickstart.Console(quiet=True))
     assert sorted(trained) == ["f_dpg", "kl_rl", "pure_rl"]
+
+
+def test_after_a_failed_training_no_other_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun_runs: list[str] = []
+
+    def fail(run: Run, *rest: Any) -> None:
+        begun_runs.append(run.name)
+        time.sleep(0.5 * (len(begun_runs) - 1))
+        raise RuntimeError(run.name)
+
+    monkeypatch.setattr(quickstart, "train", fail)
+    args = QuickstartArguments(output_dir=str(begun(tmp_path)), num_parallel=1)
+    with pytest.raises(RuntimeError, match=RUNS[0].name):
+        quickstart.train_all(args, prepare_quickstart(args), quickstart.Console(quiet=True))
+    assert len(begun_runs) <= 2  # the second may have begun before the first was known to have failed
 
 
 def test_overwrite_begins_again(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from trl_bayes.language_models.completions import Completions
 from trl_bayes.language_models.settings import SamplingSettings
 from trl_bayes.prior.reference import PriorReference, draw_prior
 from trl_bayes.statistics.estimate import Estimate
-from trl_bayes.targets import Constraint, Moments, Target, Tempered, Tilt
+from trl_bayes.targets import Calibrated, Constraint, Moments, Target, Tempered, Tilt, best_of_n
 
 
 NUM_PROMPTS, NUM_OUTCOMES = 3, 60
@@ -348,6 +348,14 @@ def test_a_target_that_learns_from_the_prior() -> None:
     assert "fitted to the same samples" in posterior.note
     power = reference(w._replace(target=Tempered(1.5)), 50, 0)
     torch.testing.assert_close(power.phi, power.prior.completions.log_prior / 2)
+
+
+def test_a_target_that_knows_its_bound_once_it_is_fitted_is_sampled_exactly() -> None:
+    """Of best-of-2 phi is at most 0 and Z is 1/2."""
+    w = world(hard=False)._replace(target=Calibrated(best_of_n(2)), max_log_potential=None)
+    posterior = reference(w, 2000, 0)
+    assert posterior.method == "rejection" and "largest evidence is not known" not in posterior.note
+    assert len(posterior.exact) / len(posterior.phi) == pytest.approx(0.5, abs=0.05)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

@@ -34,12 +34,13 @@ def test_what_was_kept_is_of_the_same_distribution(
     scored = []
 
     def counted(model: PreTrainedModel, completions: Completions, settings: SamplingSettings) -> torch.Tensor:
+        assert not settings.progress  # the bar is of all chunks
         scored.append(len(completions))
         return log_probs(model, completions, settings)
 
     monkeypatch.setattr(module, "log_probs", counted)
     other = AutoModelForCausalLM.from_pretrained(letters_prior, dtype=dtype)
-    at = SamplingSettings(TASK.max_completion_length, temperature)
+    at = SamplingSettings(TASK.max_completion_length, temperature, progress=True)
     found = KeptLogProbs(tmp_path, other, letters_prior)(other, drawn, at)
     torch.testing.assert_close(found, log_probs(other, drawn, at), rtol=0, atol=1e-6)
     assert (sum(scored) > 0) == ((dtype, temperature) != (torch.float32, 1.0))

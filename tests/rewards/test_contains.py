@@ -64,6 +64,11 @@ def test_more_of_counts_both_lists(text: str, expected: float) -> None:
     assert score(more_of(["she", "her"], than=["he", "him"]), text) == [expected]
 
 
+def test_more_of_may_tell_words_by_their_capitals() -> None:
+    reward = more_of(["US"], than=["us"], case_sensitive=True)
+    assert score(reward, "the US gave us the US") == [1.0] and score(reward, "us, in the us, or US") == [0.0]
+
+
 def test_names_under_which_targets_find_them() -> None:
     assert contains_word("New York").__name__ == "contains_New_York"
     assert contains_word(["a", "b"]).__name__ == "contains_a_or_others"

@@ -28,7 +28,7 @@ from trl_bayes.samplers import (
     SamplingSettings,
     SequentialMonteCarlo,
 )
-from trl_bayes.targets import Calibrated, Constraint, Context, Target, Tempered, Tilt
+from trl_bayes.targets import Calibrated, Constraint, Context, Target, Tempered, Tilt, best_of_n
 
 
 def _reward(texts: list[str]) -> list[float]:
@@ -187,6 +187,15 @@ def test_a_target_that_learns_is_fitted_for_each_call(models: dict[str, Any], to
     assert not target.is_fitted
     fixed = Tilt(0.7)
     assert make(models, tokenizer, fixed, Importance()).target is fixed
+
+
+def test_a_bound_that_is_known_once_the_target_has_learned(models: dict[str, Any], tokenizer: Any) -> None:
+    """Of best-of-2, phi = log(quantile): every second completion of the prior is taken."""
+    target = Calibrated(best_of_n(2))
+    sampler = make(models, tokenizer, target, Rejection(), num_prior_samples=200)
+    draws = sampler.sample(TASK.prompts, 200)
+    assert len(draws) == 400 and math.isfinite(draws.diagnostics["max_log_potential"])
+    assert SequentialMonteCarlo(upper_bound=True).check(target, has_proposal=False) is None
 
 
 def test_rewards_that_are_missing(models: dict[str, Any], tokenizer: Any) -> None:

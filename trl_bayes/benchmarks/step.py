@@ -53,7 +53,7 @@ class StepArguments(SizeArguments, DeviceArguments):
         at_least("rounds", self.num_rounds)
         check_parts(measured_trainers(), self.methods)
         if self.processor_time and not self.use_cpu:
-            raise ValueError("`processor_time` measures the CPU's work, and a GPU is used: set `use_cpu` too.")
+            raise ValueError("`processor_time` measures the CPU's work, and a GPU is used: leave `device` at cpu.")
         _ = self.size  # refuses what cannot be measured
 
     @property

@@ -12,7 +12,7 @@ from trl import ModelConfig, RewardConfig, SFTConfig
 from ..language_models.settings import at_least
 from ..spelling import did_you_mean
 from ..trainers.posterior_trainer import PosteriorTrainer
-from .parser import RecipeParser, read_recipe
+from .parser import RecipeParser
 from .recipe import trainers, training_parser
 from .unknown_keys import unknown_keys
 
@@ -280,8 +280,3 @@ def with_section_flags(recipe: Mapping[str, Any], flags: Sequence[tuple[str, str
         old = changed.get(section)
         changed[section] = {**(old if isinstance(old, Mapping) else {}), key: value}
     return changed
-
-
-def read_file(path: str, flags: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
-    """The recipe of a file with the flags of its sections; errors as of [`read_recipe`]."""
-    return with_section_flags(read_recipe(path), flags)

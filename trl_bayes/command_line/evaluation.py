@@ -170,7 +170,7 @@ def prepare(args: EvaluateArguments, arguments: Arguments) -> Job:
     for name, path in policies.items():
         check_same_vocabulary(f"policy {name!r}", path, configs[name], study.prior.config, study.tokenizer, trust)
     bound = study.target.max_log_potential() if args.max_log_potential is None else args.max_log_potential
-    if args.method == "rejection" and bound is None:
+    if args.method == "rejection" and bound is None and study.target.is_fitted:
         raise ValueError(
             f"`method=rejection` needs evidence with a known upper bound, which {study.target!r} does not have: set "
             "`max_log_potential`, such as the largest reward over beta, or `method` to 'importance'."
@@ -262,7 +262,7 @@ def _record(
 def _valid(posterior: Posterior, completions: Completions) -> torch.Tensor | None:
     """Whether each completion has evidence, where evidence is a matter of yes and no."""
     if posterior.target.hard:
-        return ~posterior.log_potential(completions).isneginf()
+        return posterior.log_potential(completions) > -math.inf  # one without any reward has no evidence
     return completions.rewards[:, 0] > 0.5 if _is_share(posterior) else None
 
 
@@ -274,13 +274,14 @@ def _is_share(posterior: Posterior) -> bool:
 
 def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
     study, args, weights = job.study, job.args, job.arguments.training.reward_weights
-    target = repr(study.target)
+    target, bound = posterior.target, job.max_log_potential
     ess = posterior.z.effective_samples
     of_prior = evaluate_prior(posterior, diversity=args.diversity)
     of_posterior = evaluate_posterior(posterior, diversity=args.diversity)
     how = "exact" if posterior.method == "rejection" else "weighted prior samples"
+    policies = "policies" if len(runs) > 1 else "policy"
     return Report(
-        title=f"{len(runs)} {'policies' if len(runs) > 1 else 'policy'} against the posterior of {_rounded(target)}",
+        title=f"{len(runs)} {policies} against the posterior of {_rounded(repr(target))}",
         intro=(
             "Each policy is compared with the posterior, which is the prior updated by the evidence, through samples "
             "of the prior, of the posterior and of the policy itself."
@@ -288,7 +289,7 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
         problem={
             "prior": study.named,
             "rewards": ", ".join(study.reward_names),
-            "target": target,
+            "target": repr(target),
             "prompts": _prompts_in_words(study),
             "longest completion": f"{study.settings.max_new_tokens} tokens",
             "temperature": str(study.settings.temperature),
@@ -305,7 +306,7 @@ def _report(job: Job, posterior: Posterior, runs: list[RunRecord]) -> Report:
             "posterior": how,
             "log Z": of_prior.metrics["log_z"].to_dict(),
             "effective samples of the posterior": {"mean": ess.mean().item(), "min": ess.min().item()},
-            "largest log-potential": job.max_log_potential,
+            "largest log-potential": target.max_log_potential() if bound is None else bound,
             "reward weights": weights,
             "seed": args.seed,
             "torch": torch.__version__,

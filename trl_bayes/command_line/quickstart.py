@@ -156,8 +156,11 @@ def train_all(args: QuickstartArguments, folder: Path, console: Console) -> None
     waiting = [run for run in RUNS if not is_trained(folder / run.name)]
     with progress_bars(console) as progress, ThreadPoolExecutor(args.num_parallel) as pool:
         jobs = [pool.submit(train, run, args, folder / run.name, _bar(progress, run, args)) for run in waiting]
-        for job in jobs:
-            job.result()
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # a failed or interrupted one does not start the rest
 
 
 def train(run: Run, args: QuickstartArguments, folder: Path, show: Callable[[int], None]) -> None:

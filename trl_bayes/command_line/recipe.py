@@ -87,7 +87,7 @@ def read_command_line(
     Args:
         parser ([`RecipeParser`]): of the command.
         argv (`Sequence[str]`): what stands behind it.
-        recipe (`Mapping`, *optional*): what `--config` names, if it is read already.
+        recipe (`Mapping`, *optional*): what `--config` names, if it is read already; or what stands in its place.
         also_known (`list[str]`, *optional*): keys of a recipe that mean something elsewhere, to be passed over.
 
     Returns:
@@ -100,15 +100,16 @@ def read_command_line(
     namespace, unknown = parser.parse_known_args(own_args)
     if unknown:
         raise ValueError(unknown_flags(unknown, parser.flags | {f"--{name}" for name in launcher_actions()}))
-    if namespace.config is None:
+    if recipe is None and namespace.config is None:
         return launcher_flags, own_args
     recipe = read_recipe(namespace.config) if recipe is None else recipe
+    source = namespace.config or "the command line"
     of_launcher = {*launcher_actions(), ACCELERATE_CONFIG}
     others = parser.unknown_keys(recipe)
     known = {*parser.fields, *of_launcher, *also_known, "env"}
     if strange := [key for key in others if key not in known]:
-        raise ValueError(unknown_keys(strange, known, namespace.config))
-    parser.use_recipe(recipe, namespace.config)
+        raise ValueError(unknown_keys(strange, known, source))
+    parser.use_recipe(recipe, source)
     flags = launcher_flags_from_recipe({key: value for key, value in others.items() if key in of_launcher})
     return flags + launcher_flags, own_args
 

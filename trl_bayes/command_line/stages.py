@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from transformers.integrations import deepspeed as hf_deepspeed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..trainers.checkpoints import last_whole_checkpoint
 
 
 RECORD = "stage.json"
@@ -87,12 +87,7 @@ class Stage:
     @property
     def checkpoint(self) -> str | None:
         """The last checkpoint that a kill has left whole, if there is any."""
-        whole = [
-            file.parent
-            for file in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-            if file.parent.name.rpartition("-")[2].isdigit()
-        ]
-        return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+        return last_whole_checkpoint(self.folder)
 
     def _record(self) -> dict[str, Any]:
         file = self.folder / RECORD

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import get_peft_config, get_quantization_config
 
 from ..language_models.adapters import base_of_adapter
 from ..prior import PriorSamplesError
 from ..rewards.calling import check_reward_arguments
 from ..targets import build_target
-from ..trainers.checkpoints import check_same_run, run_identity, state_file
+from ..trainers.checkpoints import check_same_run, last_whole_checkpoint, run_identity, state_file
 from ..trainers.posterior_config import PosteriorConfig
 from ..trainers.posterior_trainer import PosteriorTrainer
 from ..trainers.refusals import refuse_too_few_prompts
@@ -104,7 +102,7 @@ def find_checkpoint(args: PosteriorConfig) -> str | None:
     if wanted.lower() in ("none", "false"):
         return None
     if wanted.lower() == "true":
-        found = get_last_checkpoint(args.output_dir) if os.path.isdir(str(args.output_dir)) else None
+        found = last_whole_checkpoint(os.path.expanduser(str(args.output_dir)))
         if found is None:
             raise ValueError(
                 f"There is no checkpoint in `output_dir={args.output_dir}`: leave out `resume_from_checkpoint`."
@@ -238,5 +236,5 @@ def train(trainer: PosteriorTrainer, arguments: Arguments, checkpoint: str | Non
         trainer.accelerator.print(f"It is on the Hub as {trainer.hub_model_id}.")
     # gloo's threads free their last tensors under the GIL, which the destructor of the process group would hold
     trainer.accelerator.wait_for_everyone()
-    if Version(transformers.__version__) >= Version("5.18.0"):
+    if hasattr(trainer, "end"):  # since transformers 5.18
         trainer.end()

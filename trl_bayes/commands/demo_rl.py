@@ -1,14 +1,15 @@
 """Clone demonstrations, then train with the clone as prior and start: a recipe with a section for each stage."""
 
+import json
 import sys
 from collections.abc import Sequence
 
-from ..command_line.demonstration_recipe import DemonstrationArguments, read_file, split_section_flags
+from ..command_line.demonstration_recipe import DemonstrationArguments, split_section_flags, with_section_flags
 from ..command_line.demonstrations import PROGRAM, prepare, run_stages
 from ..command_line.launch import already_launched, launch
 from ..command_line.parser import RecipeParser
 from ..command_line.prompts import PromptError
-from ..command_line.recipe import read_command_line
+from ..command_line.recipe import read_command_line, read_recipe
 from ..command_line.refusals import one_sentence
 from ..command_line.stages import StageError
 from ..prior import PriorSamplesError
@@ -32,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_sentence(PROGRAM):
         others, section_flags = split_section_flags(argv)
         namespace, _ = parser.parse_known_args(others)
-        recipe = {} if namespace.config is None else read_file(namespace.config, section_flags)
+        recipe = with_section_flags({} if namespace.config is None else read_recipe(namespace.config), section_flags)
         launcher_flags, own_args = read_command_line(parser, others, recipe)
         if launcher_flags and not already_launched():
-            again = [word for section, key, value in section_flags for word in (f"--{section}.{key}", str(value))]
+            as_yaml = [(f"--{section}.{key}", json.dumps(value, default=str)) for section, key, value in section_flags]
+            again = [word for flag in as_yaml for word in flag]
             return launch("trl_bayes.commands.demo_rl", launcher_flags, [*own_args, *again])
         (arguments,) = parser.parse_args_into_dataclasses(own_args)[:1]
         job = prepare(arguments, str(namespace.config or "the command line"))

@@ -148,13 +148,13 @@ def condition(
         ValueError: no sample was scored, the target reads a reward that is not there, the bound does not hold, or
             rejection is asked for without one.
     """
-    if max_log_potential is None:
-        max_log_potential = target.max_log_potential()
-    method = _check_method(method, target, max_log_potential)
     target.bind(prior.reward_names, reward_weights)
     keys = torch.arange(prior.num_prompts) if prompt_keys is None else prompt_keys
     prior, notes = _with_log_potential(prior, target, keys)
     drawn = prior.completions
+    if max_log_potential is None:
+        max_log_potential = target.max_log_potential()  # one that learns may know it only now
+    method = _check_method(method, target, max_log_potential)
     z = log_z_per_prompt(drawn.phi, drawn.prompt_index, prior.num_prompts, max_log_potential)
     if max_log_potential is None:
         max_log_potential = drawn.phi.max().item()

@@ -139,7 +139,7 @@ class PriorKeeper:
         given = as_rewards_see_them(self.tokenizer, prompts, prompt_ids, ids)
         messages = [None if isinstance(each, str) else each for each in given]
         drawn = self._completions(torch.tensor(places), KeptCompletions(ids, texts, messages, torch.zeros(0)))
-        log_prior = self.log_probs(self.model, drawn, self.settings)
+        log_prior = self.log_probs(self.model, drawn, replace(self.settings, progress=False))  # the draw has a bar
         rewards = score(self.reward_funcs, drawn, self.tokenizer, self.columns)
         return Draw(KeptCompletions(ids, texts, messages, log_prior), rewards)
 
@@ -163,9 +163,10 @@ class PriorKeeper:
         found[drawn_now] = False
         if not found.any():
             return log_prior
+        earlier = completions.select(torch.nonzero(found).squeeze(1))
         own = log_prior.clone()
-        own[found] = self.log_probs(self.model, completions.select(torch.nonzero(found).squeeze(1)), self.settings)
-        tokens = sum(len(ids) for ids in completions.completion_ids)
+        own[found] = self.log_probs(self.model, earlier, self.settings)
+        tokens = sum(len(ids) for ids in earlier.completion_ids)
         distance = (log_prior - own).sum().item() / tokens
         if not distance <= MOVED:
             raise PriorSamplesError(

@@ -1,6 +1,7 @@
 """Log-probabilities that are kept in a folder, so that work which was stopped does not score a completion twice."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..language_models.completions import Completions
 from ..language_models.fingerprint import model_fingerprint
+from ..language_models.progress import progress_bar
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
 from .identity import stable_hash
@@ -53,12 +55,14 @@ class KeptLogProbs:
             self._known[folder] = _read(folder)
         known = self._known[folder]
         place_of = {key: place for place, key in enumerate(keys) if key not in known}  # one of those that are the same
-        for chunk in torch.tensor(list(place_of.values()), dtype=torch.int64).split(_AT_ONCE):
-            values = log_probs(model, completions.select(chunk), settings).tolist()
-            found = dict(zip([keys[place] for place in chunk.tolist()], values, strict=True))
-            if found:
-                _add(folder, found)
-            known.update(found)
+        if place_of:
+            with progress_bar("scoring", len(place_of), shown=settings.progress) as bar:
+                for chunk in torch.tensor([*place_of.values()]).split(_AT_ONCE):
+                    values = log_probs(model, completions.select(chunk), replace(settings, progress=False)).tolist()
+                    found = dict(zip([keys[place] for place in chunk.tolist()], values, strict=True))
+                    _add(folder, found)
+                    known.update(found)
+                    bar.update(len(found))
         return torch.tensor([known[key] for key in keys], dtype=torch.float64)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ _SAMPLES = pa.schema(
     ]
 )
 _REWARD_KEYS = [("row_key", pa.int64()), ("number", pa.int64()), ("completion_key", pa.int64())]
+_DAY = 24 * 3600.0  # seconds
 _NOT_KEPT = "[not kept by trl_bayes: "
 
 
@@ -219,9 +222,11 @@ class SampleStore:
     # ---------------------------------------------------------------------------------------------------------------
 
     def remove_unfinished(self) -> None:
-        """Files that a killed run has not finished."""
+        """Files that a killed run has not finished; those of the last day may be of a run that goes on."""
         for unfinished in self.folder.glob(".*.parquet.*"):
-            unfinished.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another run removes them too
+                if time.time() - unfinished.stat().st_mtime > _DAY:
+                    unfinished.unlink()
 
     def _read(self, file: Path, columns: list[str] | None) -> pa.Table:
         try:

@@ -62,7 +62,8 @@ def more_of(
         ValueError: if a list has no word, or an empty one, or both share a word.
     """
     for_it, against_it = _words("words", words), _words("than", than)
-    if shared := sorted({w.lower() for w in for_it} & {w.lower() for w in against_it}):
+    as_read = str if case_sensitive else str.lower
+    if shared := sorted(set(map(as_read, for_it)) & set(map(as_read, against_it))):
         raise ValueError(f"`words` and `than` must not share words, but both have {shared}.")
     wanted, unwanted = (_any_of(part, True, case_sensitive) for part in (for_it, against_it))
 

@@ -51,7 +51,8 @@ class Rejection(Method):
             raise ValueError(f"`max_log_potential` must be finite, got {self.max_log_potential}.")
 
     def check(self, target: Target, has_proposal: bool) -> None:
-        self.bound(target)
+        if target.is_fitted:  # one that learns may know its bound only then
+            self.bound(target)
         if has_proposal:
             raise ValueError(
                 "Rejection draws from the prior, since P/q has no known bound for another proposal: leave the "

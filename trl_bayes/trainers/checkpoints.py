@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
@@ -16,6 +18,15 @@ from .warnings_of_users import warn
 
 _SINCE_LATER = ("temperature", "max_completion_length", "rewards", "prior")
 """What checkpoints of the first versions do not say."""
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint in a folder that a kill has left whole, if there is any: its trainer's state comes last."""
+    states = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    numbered = {
+        int(number): file.parent for file in states if (number := file.parent.name.rpartition("-")[2]).isdigit()
+    }
+    return str(numbered[max(numbered)]) if numbered else None
 
 
 def state_file(checkpoint: str | Path, process_index: int) -> Path:

@@ -244,7 +244,7 @@ def refuse_judge(judge: Any, reward_funcs: Any, args: Any) -> None:
             raise ValueError("Somebody must say which completion of a pair is better: give `reward_funcs` or `judge`.")
         return
     refuse_uncallable(judge)
-    if args is not None and args.missing_eos_penalty is not None:
+    if getattr(args, "missing_eos_penalty", None) is not None:  # a config of another class is refused with the rest
         raise ValueError(
             "`missing_eos_penalty` is subtracted from rewards, and a judge orders the pairs without them: leave it "
             "unset, and let the judge prefer completions that end."

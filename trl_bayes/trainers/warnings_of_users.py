@@ -1,5 +1,6 @@
 """Warnings that point at the user's line, however deep in constructors they arise."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep  # and not a neighbor whose name begins so
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
