@@ -1,6 +1,7 @@
 """What is logged of a batch: what is known, as far as it is known, and nothing that cannot be."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -148,6 +149,26 @@ def test_distances_next_to_the_posterior_are_sharp() -> None:
     forward = (log_posterior.exp() * (log_posterior - log_policy)).sum().item()
     assert metrics["posterior/reverse_kl"] == pytest.approx(reverse, rel=0.5)
     assert metrics["posterior/forward_kl"] == pytest.approx(forward, rel=0.5)
+
+
+def test_a_lost_mode_shows_in_the_mean_over_batches() -> None:
+    """Where Z is known a group that has seen what the policy has lost counts, however heavy it is."""
+    generator = torch.Generator().manual_seed(0)
+    log_prior = torch.randn(400, generator=generator, dtype=torch.float64).log_softmax(dim=0)
+    phi = torch.randn(400, generator=generator, dtype=torch.float64)
+    true_log_z = (log_prior + phi).logsumexp(dim=0)
+    posterior = log_prior + phi - true_log_z
+    policy = torch.where(phi > phi.median(), posterior, posterior - 4).log_softmax(dim=0)
+    exact = (posterior.exp() * (posterior - policy)).sum().item()
+    estimator, found = ImportanceWeights(get_divergence("forward_kl")), []
+    for _ in range(400):
+        y = torch.multinomial(policy.exp(), 256, replacement=True, generator=generator).view(16, 16)
+        known = LogZ(true_log_z.expand(16, 16), true_log_z.expand(16), torch.ones(16, dtype=torch.bool))
+        group = Group(policy[y], policy[y], log_prior[y], phi[y])
+        metrics = group_metrics(group, estimator.terms(group, known), known, estimator, Tilt(beta=1.0))
+        found.append(metrics["posterior/forward_kl"])
+    mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
+    assert abs(mean - exact) < 4 * error and error < 0.1 * exact
 
 
 def test_pseudo_rewards_of_a_batch() -> None:

@@ -31,7 +31,8 @@ def second_order_divergences(
     The control variate `w - rho` has the mean zero if Z is the true one. At the posterior c = 1 cancels the error of
     first order; far from it a large w makes it noisy. So c in [0, 1] is fitted, for each sample to all others of all
     groups: it does not see the sample, and the estimate stays unbiased. Where the samples do not see the posterior,
-    which is where their effective number is below a quarter or the mean of w far from 1, c is 0. The mean of w over a
+    which is where their effective number is below a quarter or the mean of w far from 1, c is 0 for KL(pi||p), and 1
+    for KL(p||pi), which then is `w log w - w + 1` on-policy: below 0 for no sample. The mean of w over a
     group from which Z itself was estimated is 1: then next to nothing is added, and KL(pi||p) is too small by half of
     the variance of log Z.
 
@@ -49,8 +50,8 @@ def second_order_divergences(
     outside = valid & (log_posterior == -torch.inf) & (ratio > 0)
     control = weight - ratio
     trusted = _sees_posterior(weight[valid])
-    reverse = _controlled_mean(ratio * surprise, control, valid, trusted)
-    forward = _controlled_mean(-weight * surprise, -control, valid, trusted)
+    reverse = _controlled_mean(ratio * surprise, control, valid, None if trusted else 0.0)
+    forward = _controlled_mean(-weight * surprise, -control, valid, None if trusted else 1.0)
     return SecondOrderDivergences(reverse.masked_fill(outside.any(dim=1), torch.nan), forward)
 
 
@@ -60,11 +61,16 @@ def _sees_posterior(weight: Tensor) -> bool:
     return bool((mean >= 0.5) & (mean <= 2) & (effective >= 0.25))
 
 
-def _controlled_mean(values: Tensor, control: Tensor, valid: Tensor, trusted: bool) -> Tensor:
-    """`mean(values + c control)` of each group (P,), c from the other samples of all; NaN without a valid sample."""
+def _controlled_mean(values: Tensor, control: Tensor, valid: Tensor, coefficient: float | None) -> Tensor:
+    """
+    `mean(values + c control)` of each group (P,), with c from the other samples of all if none is given; NaN without a
+    valid sample.
+    """
     count = valid.sum(dim=1, keepdim=True)  # (P, 1)
     values, control = (v.masked_fill(~valid, 0.0) for v in (values, control))
-    if trusted:
+    if coefficient is not None:
+        values = values + coefficient * control
+    else:
         x, y = (torch.where(valid, v - v.sum(dim=1, keepdim=True) / count, 0.0) for v in (values, control))
         own = count / (count - 1).clamp(min=1)  # what a sample takes part in a sum of centered squares
         covariance, variance = ((v * y).sum() - own * v * y for v in (x, y))  # (P, G)

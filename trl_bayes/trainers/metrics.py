@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..estimators import Estimator, Terms
-from ..groups import NEG_INF, Group, effective_sample_size, finite_exp, pooled_log_z
+from ..groups import NEG_INF, Group, effective_sample_size, finite_exp
 from ..partitions import LogZ
 from ..statistics.second_order import second_order_divergences
 from ..targets import Target
@@ -47,8 +47,9 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
     Where the policy stands, as far as it is known.
 
     A group whose log-potentials are all the same has equal weights at the prior as at the posterior: it says nothing
-    of Z, unless other groups of the prompt did, or no completion could have more. And a group that has missed most of
-    the posterior (its mean weight is not near Z) says nothing of what the policy misses.
+    of Z, unless other groups of the prompt did, or no completion could have more. And a batch that has missed most of
+    the posterior (the mean of p/q is not near 1) says nothing of what the policy misses. This is asked of the batch,
+    not of each group: groups that are chosen by their own samples have another mean, which hides a lost mode.
     """
     weights, valid = group.log_weights, group.valid
     at_bound = (group.phi == max_log_potential).any(dim=1) if max_log_potential is not None else torch.tensor(False)
@@ -62,7 +63,8 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
     kl_prior = second_order_divergences(policy, prior, proposal, valid).reverse_kl
     # A group that is on its own has missed nothing that it knows of
     from_elsewhere = torch.where(log_z.is_informed, known, NEG_INF).nan_to_num(nan=NEG_INF)
-    sees_posterior = (pooled_log_z(weights, valid) - known).abs() <= math.log(2)
+    seen = finite_exp(posterior - proposal)[valid & (is_known & log_z.is_informed).unsqueeze(1)].mean()
+    missed = log_z.is_informed & ~((seen >= 0.5) & (seen <= 2))
     no_evidence = (weights.masked_fill(~valid, NEG_INF) == NEG_INF).all(dim=1)
     ess = effective_sample_size(weights, valid, from_elsewhere, group.log_policy - group.log_proposal)
     return {
@@ -71,7 +73,7 @@ def _distances(group: Group, log_z: LogZ, max_log_potential: float | None) -> di
         "posterior/frac_no_evidence": no_evidence.float().mean(),
         "posterior/kl_prior": kl_prior.nanmean(),
         "posterior/reverse_kl": fit.reverse_kl.nanmean(),
-        "posterior/forward_kl": fit.forward_kl.masked_fill(~sees_posterior, torch.nan).nanmean(),
+        "posterior/forward_kl": fit.forward_kl.masked_fill(missed, torch.nan).nanmean(),
     }
 
 
