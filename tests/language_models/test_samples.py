@@ -6,6 +6,7 @@ once in 10,000.
 
 import asyncio
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,15 @@ def test_an_adapter_on_a_base_with_settings(folder: str, tokenizer: PreTrainedTo
     adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2))
     assert draw(adapted, tokenizer, 10).completion_ids == plain  # a new adapter changes nothing
     assert base.generation_config is own
+
+
+def test_what_another_model_of_the_family_has_no_token_for_has_no_probability(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str
+) -> None:
+    drawn = draw(model, tokenizer, 3)
+    settings = SamplingSettings(TASK.max_completion_length)
+    unknown = [*drawn.completion_ids]
+    unknown[1] = [0, model.config.vocab_size]
+    found = log_probs(model, replace(drawn, completion_ids=unknown), settings)
+    expected = log_probs(model, drawn, settings)
+    assert found[1] == -math.inf and torch.equal(found[[0, 2, 3, 4, 5]], expected[[0, 2, 3, 4, 5]])

@@ -461,3 +461,14 @@ def test_used_without_context_or_fit() -> None:
         Calibrated(best_of_n(4))(torch.zeros(2, 1), of_prompt(0, 2))
     with pytest.raises(ValueError, match=r"^Call `fit\(prior_scores\)` first: Calibrated learns"):
         Calibrated(best_of_n(4)).log_z(torch.tensor([0]))
+
+
+def test_what_ties_in_training_ties_wherever_the_target_is_evaluated() -> None:
+    """Three times .1 is less than .1 + .2 in one precision and not in the other."""
+    target = Calibrated(best_of_n(4))
+    weights = torch.tensor([0.1, 0.3])
+    target.bind(["a", "b"], weights)
+    rewards = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])  # (1, N, 2)
+    target.fit(PriorScores(rewards, torch.zeros(1, 4), torch.tensor([0])))
+    single, double = (target(rewards[0].to(dtype), of_prompt(0, 4)) for dtype in (torch.float32, torch.float64))
+    torch.testing.assert_close(single.double(), double.double(), rtol=1e-6, atol=1e-6)

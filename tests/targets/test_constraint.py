@@ -31,10 +31,16 @@ def test_only_the_named_features_count() -> None:
     assert constraint.log_potential(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).tolist() == [0.0, -INF]
 
 
-def test_weights_do_not_matter() -> None:
-    constraint = Constraint()
-    constraint.bind(NAMES, torch.tensor([0.0, -3.0]))
-    assert constraint.log_potential(torch.tensor([[1.0, 1.0], [0.0, 1.0]])).tolist() == [0.0, -INF]
+def test_of_weights_only_zero_matters() -> None:
+    """As in TRL a reward of weight 0 is only logged, unless the target names it."""
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    for weights, expected in ([2.0, -3.0], [0.0, -INF]), ([0.0, 1.0], [0.0, 0.0]), ([0.0, 0.0], [0.0, -INF]):
+        constraint = Constraint()
+        constraint.bind(NAMES, torch.tensor(weights))
+        assert constraint.log_potential(rewards).tolist() == expected
+    named = Constraint(rewards=NAMES)
+    named.bind(NAMES, torch.tensor([0.0, 1.0]))
+    assert named.log_potential(rewards).tolist() == [0.0, -INF]
 
 
 def test_a_feature_that_does_not_apply_cannot_fail() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from tests.helpers.trainers import QUIET, TRAINERS, Row
@@ -214,6 +214,24 @@ def test_prior_without_tokenizer_must_have_the_same_size(model_path: str, tmp_pa
     args = KLRLConfig(**arguments(tmp_path, prior_model_name_or_path=other))
     with pytest.raises(ValueError, match="prior has a vocabulary of 10 tokens, the policy one of 7"):
         KLRLTrainer(model_path, TASK.reward_func, args, TASK.dataset(8))
+
+
+def test_policy_with_more_rows_than_the_prior(model_path: str, tmp_path: Path) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    policy.resize_token_embeddings(16)
+    args = KLRLConfig(**arguments(tmp_path, prior_model_name_or_path=model_path))
+    with pytest.raises(ValueError, match=r"may write 16 tokens.*`resize_token_embeddings\(7\)`"):
+        KLRLTrainer(
+            policy, TASK.reward_func, args, TASK.dataset(8), processing_class=AutoTokenizer.from_pretrained(model_path)
+        )
+
+
+def test_tokenizer_without_an_end(model_path: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer.pad_token, tokenizer.eos_token = tokenizer.eos_token, None
+    args = KLRLConfig(**arguments(tmp_path))
+    with pytest.raises(ValueError, match="has no EOS token.*set `tokenizer.eos_token`"):
+        KLRLTrainer(model_path, TASK.reward_func, args, TASK.dataset(8), processing_class=tokenizer)
 
 
 def test_prior_that_ends_elsewhere(model_path: str, tmp_path: Path) -> None:

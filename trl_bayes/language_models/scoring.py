@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .batching import pad_rows
-from .completions import Completions, Outcome
+from .completions import Completions
 from .generation import evaluating
 from .progress import progress_bar
 from .settings import SamplingSettings
@@ -35,12 +35,14 @@ def log_probs(model: PreTrainedModel, completions: Completions, settings: Sampli
         settings ([`SamplingSettings`]): those of sampling; the temperature is read, and how many to score at once.
 
     Returns:
-        `torch.Tensor`: (N,) float64 on CPU, in nats.
+        `torch.Tensor`: (N,) float64 on CPU, in nats; -inf with a token that the model has not.
     """
     outcomes = completions.outcomes()
-    different = list(dict.fromkeys(outcomes))
+    # Models of one family may have rows for more tokens than their tokenizer; who has none for a token never writes it
+    vocab_size = model.config.get_text_config().vocab_size
+    value_of = {outcome: -torch.inf for outcome in outcomes if max(outcome[1], default=0) >= vocab_size}
+    different = [outcome for outcome in dict.fromkeys(outcomes) if outcome not in value_of]
     different.sort(key=lambda outcome: len(completions.prompt_ids[outcome[0]]) + len(outcome[1]))
-    value_of: dict[Outcome, float] = {}
     size = settings.scoring_batch_size
     bar = progress_bar("scoring", len(different), shown=settings.progress)
     with bar, evaluating(model):

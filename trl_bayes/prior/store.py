@@ -96,7 +96,13 @@ class SampleStore:
         self.folder = folder / identity.fingerprint
         file = self.folder / _SETTINGS_FILE
         if not file.exists():
-            write_whole(file, lambda path: path.write_text(json.dumps(identity.to_dict(), indent=1) + "\n"))
+            try:
+                write_whole(file, lambda path: path.write_text(json.dumps(identity.to_dict(), indent=1) + "\n"))
+            except OSError as error:
+                raise PriorSamplesError(
+                    f"Samples of the prior cannot be kept in {folder} ({error.strerror or error}): set "
+                    "`prior_samples_dir` to a folder that can be written to."
+                ) from None
             return
         try:
             found = DrawIdentity(**json.loads(file.read_text()))

@@ -182,6 +182,8 @@ class Target(ABC):
         """
         Resolves the names of the reward functions to columns.
 
+        A target that names no rewards reads all but those of weight 0, which are only logged, as in TRL.
+
         Args:
             reward_names (`Sequence[str]`): names of the columns of `rewards`.
             reward_weights (`torch.Tensor`, *optional*): the trainer's `reward_weights` of shape `(K,)`.
@@ -196,7 +198,10 @@ class Target(ABC):
                     f"The target {type(self).__name__} reads the reward {name!r}, but the reward functions are "
                     f"{names}: use one of these names."
                 )
-        self._columns = None if self.rewards is None else [names.index(name) for name in self.rewards]
+        if self.rewards is not None:
+            self._columns = [names.index(name) for name in self.rewards]
+        else:
+            self._columns = None if reward_weights is None else reward_weights.nonzero().flatten().tolist() or None
         self._weights = reward_weights
 
     def names_read(self) -> list[str]:

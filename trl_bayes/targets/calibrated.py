@@ -79,7 +79,7 @@ class Calibrated(PerPromptTarget):
 
     def learn(self, rewards: torch.Tensor) -> torch.Tensor:
         """Each prompt's rewards in ascending order, `(P, N)`, filled up with `inf`."""
-        totals = self.prior_totals(rewards)
+        totals = _in_single_precision(self.prior_totals(rewards))
         return totals.masked_fill(totals.isnan(), math.inf).sort(dim=1).values
 
     def calibrate(self, rewards: torch.Tensor, context: Context | None) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Calibrated(PerPromptTarget):
 
     def _quantiles(self, rewards: torch.Tensor, context: Context | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the quantiles of each completion begin and end, `(N,)` float64; `NaN` where no reward applies."""
-        total = self.weighted_sum(rewards)  # (N,)
+        total = _in_single_precision(self.weighted_sum(rewards))  # (N,)
         unscored = total.isnan()
         rows = self.table.rows(self.require_context(context).prompt_key).to(total.device)
         begin = torch.full_like(total, torch.nan, dtype=torch.float64)
@@ -180,6 +180,11 @@ class Calibrated(PerPromptTarget):
 
     def settings(self) -> dict[str, Any]:
         return {"transform": self.transform, "beta": self.beta, **super().settings()}
+
+
+def _in_single_precision(totals: torch.Tensor) -> torch.Tensor:
+    """Rewards as a training has them, float64: what ties there must tie wherever the same target is evaluated."""
+    return totals.float().double()
 
 
 def _ranks(ascending: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -153,7 +153,8 @@ def collect(
         raise PriorSamplesError(
             f"Samples of the prior are missing in {samples.folder}, and the policy has been trained since: give the "
             "trainer all data as `train_dataset` and `eval_dataset` before it trains, or resume from a checkpoint "
-            "with its `posterior_state` files."
+            "with its `posterior_state` files; where the chat template writes the date, fix it by "
+            "`chat_template_kwargs`."
         )
     accelerator = trainer.accelerator
     work = Work(

@@ -82,6 +82,12 @@ def load_prior(trainer: GRPOTrainer, args: "PosteriorConfig") -> torch.nn.Module
         reference="policy",
         advice="set `prior_model_name_or_path` to a model with the policy's tokenizer.",
     )
+    rows, rows_of_policy = (model.config.get_text_config().vocab_size for model in (prior, policy))
+    if rows < rows_of_policy:
+        raise ValueError(
+            f"The policy may write {rows_of_policy} tokens, and the prior has embeddings for {rows}, so that its "
+            f"posterior has none of the others: give the policy as many (`resize_token_embeddings({rows})`)."
+        )
     _refuse_other_ends(trainer, args.prior_model_name_or_path, prior, bool(kwargs["trust_remote_code"]))
     add_fused_lm_head(prior, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
     if trainer.is_deepspeed_enabled:

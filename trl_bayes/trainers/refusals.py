@@ -228,6 +228,10 @@ def refuse_data(trainer: Any, datasets: Sequence[Any]) -> None:
     refuse_same_names(trainer.reward_func_names)
     if trainer._tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has neither a pad token nor an EOS token: set `tokenizer.pad_token`.")
+    if None in trainer.eos_token_ids:
+        raise ValueError(
+            "The tokenizer has no EOS token, by which a completion is known to have ended: set `tokenizer.eos_token`."
+        )
     if trainer._is_vlm and (setting := trainer.args.keeps_text) is not None:
         raise ValueError(
             f"{setting} keeps completions as text, without their images: it cannot be used with a vision-language "
