@@ -16,9 +16,10 @@ from trl import SFTTrainer
 
 from tests.helpers.demonstrations import DEMONSTRATIONS, VOWELS
 from trl_bayes import cli
-from trl_bayes.command_line.demonstration_recipe import DemonstrationArguments
+from trl_bayes.command_line.demonstration_recipe import DemonstrationArguments, split_section_flags
 from trl_bayes.command_line.demonstrations import prepare
 from trl_bayes.command_line.stages import Stage
+from trl_bayes.commands import demo_rl
 
 
 MODULE = "rewards_of_test_demo_rl"
@@ -102,6 +103,30 @@ def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
+
+
+def test_launched_processes_get_the_sections_as_they_were_given(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(demo_rl, "launch", lambda module, flags, own: asked.append(own))
+    given = ["--clone.max_length", "null", "--clone.run_name", "'007'", "--rl.learning_rate", "1e-5"]
+    run(recipe, "--num_processes", "2", *given)
+    (own,) = asked
+    assert split_section_flags(own)[1] == split_section_flags(given)[1]
+    assert split_section_flags(given)[1][:2] == [("clone", "max_length", None), ("clone", "run_name", "007")]
+
+
+def test_sections_from_the_command_line_alone(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        word
+        for section in ("clone", "rl")
+        for key, value in recipe[section].items()
+        for word in (f"--{section}.{key}", json.dumps(value))
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(["demo-rl", "--output_dir", "out", *flags, "--clone.max_stepz", "3"])
+    assert "`max_stepz` (did you mean 'max_steps'?)" in capsys.readouterr().err
 
 
 def test_clones_then_trains_from_the_clone_and_does_nothing_twice(

@@ -29,6 +29,7 @@ from tests.helpers.outcomes import (
     Space,
     all_groups,
     all_multisets,
+    coefficient_of,
     divergence_of,
     everything_valid,
     exact_gradient,
@@ -48,11 +49,8 @@ from trl_bayes.estimators import (
     ScoreFunction,
     Sequences,
     TrajectoryBalance,
-    importance_coefficient,
     leave_one_out_baseline,
     leave_one_out_mean,
-    score_function_coefficient,
-    trajectory_balance_coefficient,
     vargrad_log_z,
 )
 from trl_bayes.groups import (
@@ -64,6 +62,9 @@ from trl_bayes.groups import (
     pooled_log_z,
 )
 from trl_bayes.partitions import fixed_log_z
+
+
+DPG = ImportanceWeights(divergence_of("forward_kl"))
 
 
 def test_every_divergence_is_enumerated() -> None:
@@ -126,7 +127,7 @@ def expected_score_function_gradient(name: str, target: Space, log_q: Tensor, gr
     y, valid, divergence = groups.outcomes, everything_valid(groups.outcomes), divergence_of(name)
     pi, log_p, log_z = LOG_POLICY[y], target.log_target[y], target.log_z.expand(y.shape)
     baseline = leave_one_out_baseline(pi - log_p, log_z, valid, divergence)
-    coefficient = score_function_coefficient(pi, log_p, log_q[y], log_z, baseline, divergence)
+    coefficient = coefficient_of(ScoreFunction(divergence), pi, log_p, log_q[y], log_z, baseline)
     return groups.expectation(group_gradient(coefficient, y))
 
 
@@ -145,7 +146,7 @@ def test_score_function_gradient_is_exact(name: str, where: str, log_q: Tensor, 
 def test_importance_gradient_is_exact(where: str, log_q: Tensor, group_size: int) -> None:
     target, groups = SPACES[where], all_groups(group_size, log_q)
     y = groups.outcomes
-    coefficient = importance_coefficient(LOG_POLICY[y], target.log_target[y], log_q[y], target.log_z.expand(y.shape))
+    coefficient = coefficient_of(DPG, LOG_POLICY[y], target.log_target[y], log_q[y], target.log_z.expand(y.shape))
     exact = exact_gradient(forward_kl(target))
     assert_equal(groups.expectation(group_gradient(coefficient, y)), exact)
     # The second weight, pi/q, has no part in the mean; it is there for the variance
@@ -158,8 +159,12 @@ def test_importance_gradient_is_exact(where: str, log_q: Tensor, group_size: int
 def test_trajectory_balance_gradient_is_exact_on_policy(name: str, where: str, group_size: int) -> None:
     target, groups = SPACES[where], all_groups(group_size, LOG_POLICY)
     y = groups.outcomes
-    coefficient = trajectory_balance_coefficient(
-        LOG_POLICY[y], target.log_target[y], target.log_z.expand(y.shape), divergence_of(name)
+    coefficient = coefficient_of(
+        TrajectoryBalance(divergence_of(name)),
+        LOG_POLICY[y],
+        target.log_target[y],
+        LOG_POLICY[y],
+        target.log_z.expand(y.shape),
     )
     exact = exact_gradient(f_divergence(name, target))
     assert_equal(groups.expectation(group_gradient(coefficient, y)), exact)
@@ -174,13 +179,15 @@ def test_trajectory_balance_vanishes_at_the_posterior_off_policy(name: str) -> N
     fitted = vargrad_log_z(at_posterior - log_p, everything_valid(y))
     assert_equal(fitted, SOFT.log_z, atol=1e-9)
     for log_z in (SOFT.log_z.expand(y.shape), fitted):
-        coefficient = trajectory_balance_coefficient(at_posterior, log_p, log_z, divergence)
+        coefficient = coefficient_of(TrajectoryBalance(divergence), at_posterior, log_p, OTHER_PROPOSAL[y], log_z)
         if (
             name == "total_variation"
         ):  # sign(t - 1) / 2 is not small where rounding has left t = 1 +- 1e-16: the loss is
             coefficient = divergence.loss(at_posterior - log_p + log_z)
         assert_equal(coefficient, ZERO, atol=1e-8)
-    elsewhere = trajectory_balance_coefficient(LOG_POLICY[y], log_p, SOFT.log_z.expand(y.shape), divergence)
+    elsewhere = coefficient_of(
+        TrajectoryBalance(divergence), LOG_POLICY[y], log_p, OTHER_PROPOSAL[y], SOFT.log_z.expand(y.shape)
+    )
     assert elsewhere.abs().max() > 0.1
 
 
@@ -198,9 +205,9 @@ def test_estimates_have_no_variance_at_the_posterior(name: str, where: str) -> N
     assert_equal(log_z, target.log_z)
     baseline = leave_one_out_baseline(pi - log_p, log_z, valid, divergence)
     for coefficient in (
-        score_function_coefficient(pi, log_p, pi, log_z, baseline, divergence),
-        importance_coefficient(pi, log_p, pi, log_z),
-        trajectory_balance_coefficient(pi, log_p, log_z, divergence),
+        coefficient_of(ScoreFunction(divergence), pi, log_p, pi, log_z, baseline),
+        coefficient_of(DPG, pi, log_p, pi, log_z),
+        coefficient_of(TrajectoryBalance(divergence), pi, log_p, pi, log_z),
     ):
         assert_equal(coefficient, ZERO)
 
@@ -252,7 +259,7 @@ def test_kl_rl_is_the_reverse_kl_score_function_for_any_common_evidence(log_q: T
     y, divergence = all_groups(3, log_q).outcomes, divergence_of("reverse_kl")
     pi, log_p, log_z = LOG_POLICY[y], SOFT.log_target[y], vector(17.0)
     baseline = leave_one_out_baseline(pi - log_p, log_z.expand_as(pi), everything_valid(y), divergence)
-    coefficient = score_function_coefficient(pi, log_p, log_q[y], log_z, baseline, divergence)
+    coefficient = coefficient_of(ScoreFunction(divergence), pi, log_p, log_q[y], log_z, baseline)
     assert_equal(coefficient, kl_rl_coefficient(y, log_q))
 
 
@@ -272,12 +279,12 @@ def coefficient_with_estimated_evidence(
     usable = log_z.isfinite()
     log_z = log_z.masked_fill(~usable, 0.0)
     if method == "dpg":
-        return importance_coefficient(pi, log_p, pi, log_z).masked_fill(~usable, 0.0)
+        return coefficient_of(DPG, pi, log_p, pi, log_z).masked_fill(~usable, 0.0)
     divergence = divergence_of(name)
     if method == "tb":
-        return trajectory_balance_coefficient(pi, log_p, log_z, divergence).masked_fill(~usable, 0.0)
+        return coefficient_of(TrajectoryBalance(divergence), pi, log_p, pi, log_z).masked_fill(~usable, 0.0)
     baseline = leave_one_out_baseline(pi - log_p, log_z, usable, divergence)
-    return score_function_coefficient(pi, log_p, pi, log_z, baseline, divergence).masked_fill(~usable, 0.0)
+    return coefficient_of(ScoreFunction(divergence), pi, log_p, pi, log_z, baseline).masked_fill(~usable, 0.0)
 
 
 def relative_bias(
@@ -432,7 +439,7 @@ def test_vargrad_evidence_is_the_siblings_mean() -> None:
     log_z = vargrad_log_z(pi - log_p, valid)
     expected = torch.stack([(log_p - pi)[:, [j for j in range(4) if j != i]].mean(dim=1) for i in range(4)], dim=1)
     assert_equal(log_z, expected)
-    assert_equal(trajectory_balance_coefficient(pi, log_p, log_z, divergence), kl_rl_coefficient(y, LOG_POLICY))
+    assert_equal(coefficient_of(TrajectoryBalance(divergence), pi, log_p, pi, log_z), kl_rl_coefficient(y, LOG_POLICY))
 
 
 # --- the baseline and the effective sample size --------------------------------------------------------------------
@@ -544,9 +551,9 @@ def everything(batch: Batch, name: str = "jensen_shannon") -> dict[str, Tensor]:
     log_z = log_z.masked_fill(~usable, 0.0)
     baseline = leave_one_out_baseline(pi - log_p, log_z, usable, divergence)
     per_sample = {
-        "f_dpg": score_function_coefficient(pi, log_p, log_q, log_z, baseline, divergence),
-        "dpg": importance_coefficient(pi, log_p, log_q, log_z),
-        "tb": trajectory_balance_coefficient(pi, log_p, log_z, divergence),
+        "f_dpg": coefficient_of(ScoreFunction(divergence), pi, log_p, log_q, log_z, baseline),
+        "dpg": coefficient_of(DPG, pi, log_p, log_q, log_z),
+        "tb": coefficient_of(TrajectoryBalance(divergence), pi, log_p, log_q, log_z),
         "log_z": log_z,
         "baseline": baseline,
     }
@@ -641,7 +648,7 @@ def test_one_success_at_a_low_temperature_gives_a_finite_importance_coefficient(
     log_policy = torch.full((1, 4), -10.0)
     log_target = log_policy + torch.tensor([[100.0, 0.0, 0.0, 0.0]])
     log_z = leave_one_out_log_z(log_weights(log_target, log_policy), everything_valid(log_policy))
-    assert importance_coefficient(log_policy, log_target, log_policy, log_z).isfinite().all()
+    assert coefficient_of(DPG, log_policy, log_target, log_policy, log_z).isfinite().all()
 
 
 @for_all(batch=batches(), name=smooth_names)

@@ -20,9 +20,11 @@ from trl_bayes import (
     KLRLTrainer,
     TrajectoryBalanceConfig,
     TrajectoryBalanceTrainer,
+    XPOTrainer,
 )
 from trl_bayes.benchmarks.tiny import build_tiny_model, letter_count_task
 from trl_bayes.targets import Constraint, Product, Target, Tilt
+from trl_bayes.trainers import warnings_of_users
 
 
 TASK = letter_count_task()
@@ -187,6 +189,15 @@ def test_config_of_another_trainer(tmp_path: Path) -> None:
     args = GRPOConfig(**arguments(tmp_path))
     with pytest.raises(TypeError, match="`FDPGTrainer` takes a `FDPGConfig` as `args`, got `GRPOConfig`"):
         FDPGTrainer("no-such-model", TASK.reward_func, args)
+    with pytest.raises(TypeError, match="`XPOTrainer` takes a `XPOConfig` as `args`, got `GRPOConfig`"):
+        XPOTrainer("no-such-model", args=args, judge=lambda prompts, pairs: [0] * len(pairs))
+
+
+def test_a_warning_of_a_package_whose_name_begins_like_ours_keeps_its_line() -> None:
+    neighbor = str(Path(warnings_of_users.__file__).parents[1]) + "_rewards/mine.py"
+    with pytest.warns(UserWarning, match="look") as caught:
+        exec(compile("warn('look')", neighbor, "exec"), {"warn": warnings_of_users.warn})
+    assert caught[0].filename == neighbor
 
 
 def test_prior_with_another_vocabulary(model_path: str, tmp_path: Path) -> None:
