@@ -212,7 +212,7 @@ class FromPriorSamples(Partition):
 
     def learn(self, prior: PriorScores, target: Target) -> None:
         phi = prior.log_potential(target)
-        log_z = log_z_from_prior(phi).log_z
+        log_z = log_z_from_prior(phi)
         number = (~phi.isnan()).sum(dim=1).to(log_z)
         largest = target.max_log_potential()
         informed = log_z.isfinite() & (differ(phi) | (phi == (math.inf if largest is None else largest)).any(dim=1))

@@ -11,7 +11,7 @@ from ..divergences import get_divergence
 from ..estimators import Estimator, ImportanceWeights, ScoreFunction
 from ..groups import Group, pooled_log_z
 from ..partitions import FromPriorSamples, LeaveOneOut, LogZ, fixed_log_z
-from ..prior import PriorScores
+from ..prior import PriorScores, log_z_from_prior
 from ..targets import Tilt
 
 
@@ -83,7 +83,7 @@ def _by_samples(successes: int, number: int, is_bounded: bool) -> _Rule:
     target.bind(["success"], None)
     partition = FromPriorSamples()
     partition.learn(scores, target)
-    samples_z = scores.estimate_log_z(target).log_z
+    samples_z = log_z_from_prior(scores.log_potential(target))
 
     def rule(group: Group, log_z: float) -> LogZ:
         groups = len(group.phi)
