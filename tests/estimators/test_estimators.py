@@ -58,7 +58,6 @@ from trl_bayes.groups import (
     bounded_leave_one_out_log_z,
     effective_sample_size,
     leave_one_out_log_z,
-    log_weights,
     pooled_log_z,
 )
 from trl_bayes.partitions import fixed_log_z
@@ -201,7 +200,7 @@ def test_estimates_have_no_variance_at_the_posterior(name: str, where: str) -> N
     supported = target.log_posterior.isfinite().nonzero().flatten()
     y = torch.tensor(list(itertools.product(supported.tolist(), repeat=3)))
     pi, log_p, valid = target.log_posterior[y], target.log_target[y], everything_valid(y)
-    log_z = leave_one_out_log_z(log_weights(log_p, pi), valid)
+    log_z = leave_one_out_log_z(log_p - pi, valid)
     assert_equal(log_z, target.log_z)
     baseline = leave_one_out_baseline(pi - log_p, log_z, valid, divergence)
     for coefficient in (
@@ -275,7 +274,7 @@ def coefficient_with_estimated_evidence(
     """On-policy, as the trainers compute it; a group without evidence gives nothing."""
     pi, log_p, valid = LOG_POLICY[outcomes], target.log_target[outcomes], everything_valid(outcomes)
     method, _, name = estimator.partition(":")
-    log_z = rule(log_weights(log_p, pi), valid)
+    log_z = rule(log_p - pi, valid)
     usable = log_z.isfinite()
     log_z = log_z.masked_fill(~usable, 0.0)
     if method == "dpg":
@@ -357,7 +356,7 @@ def test_multisets_give_the_same_bias_as_all_groups() -> None:
 @pytest.mark.parametrize("where", SPACES)
 def test_log_z_is_unbiased_for_z(where: str, log_q: Tensor) -> None:
     target, groups = SPACES[where], all_groups(3, log_q)
-    weights = log_weights(target.log_target, log_q)[groups.outcomes]
+    weights = (target.log_target - log_q)[groups.outcomes]
     valid = everything_valid(groups.outcomes)
     # The number of samples is an int tensor, whose logarithm is float32
     assert_equal(groups.expectation(pooled_log_z(weights, valid).exp()), target.log_z.exp(), atol=1e-7)
@@ -369,7 +368,7 @@ def test_log_z_is_unbiased_for_z(where: str, log_q: Tensor) -> None:
 def test_leave_one_out_is_unbiased_for_z_whatever_the_sample_is(log_q: Tensor) -> None:
     """Independent of y_i: given y_i its expectation is Z, which is what makes w_i / Z_hat harmless."""
     groups = all_groups(3, log_q)
-    weights = log_weights(SOFT.log_target, log_q)[groups.outcomes]
+    weights = (SOFT.log_target - log_q)[groups.outcomes]
     z = leave_one_out_log_z(weights, everything_valid(groups.outcomes)).exp()
     for sample in range(3):
         for outcome in range(NUM_OUTCOMES):
@@ -545,7 +544,7 @@ class Batch(NamedTuple):
 def everything(batch: Batch, name: str = "jensen_shannon") -> dict[str, Tensor]:
     """Every quantity of this module for a batch, with Z and the baseline from the batch."""
     pi, log_p, log_q, valid, divergence = *batch[:1], batch.log_target, *batch[3:], divergence_of(name)
-    weights = log_weights(log_p, log_q)
+    weights = log_p - log_q
     log_z = leave_one_out_log_z(weights, valid)
     usable = valid & log_z.isfinite()
     log_z = log_z.masked_fill(~usable, 0.0)
@@ -594,9 +593,7 @@ smooth_names = st.sampled_from([name for name in TEXTBOOK if TEXTBOOK[name][1] <
 def test_a_constant_added_to_phi_changes_z_alone(batch: Batch, constant: float, name: str) -> None:
     before, after = everything(batch, name), everything(batch._replace(phi=batch.phi + constant), name)
     # A completion whose siblings have no evidence has no leave-one-out Z
-    usable = (
-        leave_one_out_log_z(log_weights(batch.log_target, batch.log_proposal), batch.valid).isfinite() & batch.valid
-    )
+    usable = leave_one_out_log_z(batch.log_target - batch.log_proposal, batch.valid).isfinite() & batch.valid
     for quantity, values in before.items():
         expected = values + constant if quantity == "group_log_z" else values
         if quantity == "log_z":
@@ -647,7 +644,7 @@ def test_one_success_at_a_low_temperature_gives_a_finite_importance_coefficient(
     """A binary reward at beta = 0.01, 100 nats: one completion of the group has it, its siblings do not."""
     log_policy = torch.full((1, 4), -10.0)
     log_target = log_policy + torch.tensor([[100.0, 0.0, 0.0, 0.0]])
-    log_z = leave_one_out_log_z(log_weights(log_target, log_policy), everything_valid(log_policy))
+    log_z = leave_one_out_log_z(log_target - log_policy, everything_valid(log_policy))
     assert coefficient_of(DPG, log_policy, log_target, log_policy, log_z).isfinite().all()
 
 

@@ -7,7 +7,6 @@ import torch
 from trl.trainer.utils import pad
 
 from ..estimators import Estimator, PairTerms, Terms
-from ..groups import log_weights
 from ..partitions import Partition
 
 
@@ -112,7 +111,7 @@ def refresh(batch: dict[str, Any], start: int, partition: Partition, estimator: 
     if "baseline" not in batch:
         return
     if "prompt_key" in batch:
-        own = log_weights(batch["log_target"][start:], batch["log_proposal"][start:])
+        own = batch["log_target"][start:] - batch["log_proposal"][start:]
         if (log_z := partition.of_reused(batch["prompt_key"][start:], own)) is not None:
             latest = {"log_z": log_z.of_completion, "log_z_of_value": log_z.of_prompt}
             batch |= {name: torch.cat([batch[name][:start], new]) for name, new in latest.items()}
