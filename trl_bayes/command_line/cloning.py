@@ -17,7 +17,6 @@ from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
 from ..statistics.demonstrations import kl_from_expert
 from ..statistics.estimate import Estimate
-from .arguments import Arguments
 from .demonstration_data import check_tokens, cut, load_demonstrations, split_held_out
 from .demonstration_recipe import CloneArguments, DemonstrationRecipe
 from .models import find_config, find_tokenizer, load_model, load_tokenizer, loading_arguments, model_path
@@ -112,8 +111,7 @@ def draw_floor(file: Path, args: CloneArguments, model: ModelConfig, training: A
     M stays when N grows.
     """
     name = model_path(str(model.model_name_or_path))
-    arguments = Arguments(cast(Any, None), training, model, cast(Any, None))
-    prior = load_model(name, arguments, None, revision=model.model_revision)
+    prior = load_model(name, model, training, revision=model.model_revision)
     tokenizer = load_tokenizer(name, loading_arguments(model, training))
     prompts = rows.shuffle(seed=training.seed)["prompt"]  # as often as among the demonstrations
     repeated = [prompts[place % len(prompts)] for place in range(args.prior_demonstrations)]
@@ -170,8 +168,7 @@ def measure(
     folder: Path, model: ModelConfig, training: Any, tokens: Sequence[tuple[list[int], list[int]]]
 ) -> Estimate:
     """The cross-entropy of the clone on held-out demonstrations, in nats a completion."""
-    arguments = Arguments(cast(Any, None), training, model, cast(Any, None))
-    clone = load_model(str(folder), arguments, None, quantized=False)
+    clone = load_model(str(folder), model, training, quantized=False)
     completions = Completions(
         prompts=[""] * len(tokens),
         prompt_ids=[prompt for prompt, _ in tokens],

@@ -84,7 +84,7 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     settings = {**loading_arguments(arguments.model, training), "revision": revision}
     tokenizer = load_tokenizer(name, settings)
     is_policys = training.prior_model_name_or_path is None
-    prior = load_model(name, arguments, args.device, revision=revision, quantized=is_policys)
+    prior = load_model(name, arguments.model, training, args.device, revision=revision, quantized=is_policys)
     rewards = load_reward_models(rewards, arguments, choose_device(args.device, training))
     if penalty is not None:
         penalty.eos_token_ids = find_stop_ids(prior, tokenizer)
@@ -163,7 +163,7 @@ def _weights(weights: list[float] | None, number: int) -> torch.Tensor | None:
 def _rows(args: StudyArguments, arguments: Arguments) -> tuple[list[dict[str, Any]], int | None]:
     if args.dataset_streaming and args.max_prompts is None:
         raise ValueError("A data set that is streamed may have no end: set `max_prompts`.")
-    split = select_split(load_data(arguments), args.dataset_train_split, args)
+    split = select_split(load_data(arguments.script, arguments.mixture), args.dataset_train_split, args)
     rows = list(islice(split, args.max_prompts))
     if not rows:
         raise ValueError(f"The data's split {args.dataset_train_split!r} has no rows.")

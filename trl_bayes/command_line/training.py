@@ -145,7 +145,7 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
     _check_models(model_path(model.model_name_or_path), settings, training)
     check_reward_models(rewards, arguments)
     check_trackers(training)
-    train_dataset, eval_dataset = splits_of(load_data(arguments), arguments, rewards)
+    train_dataset, eval_dataset = splits_of(load_data(script, arguments.mixture), arguments, rewards)
     if training.prior_samples_dir is not None:
         training.prior_samples_dir = os.path.expanduser(training.prior_samples_dir)
     training.model_init_kwargs = settings
