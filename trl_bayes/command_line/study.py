@@ -89,7 +89,6 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     if penalty is not None:
         penalty.eos_token_ids = find_stop_ids(prior, tokenizer)
         rewards = [*rewards, penalty]
-    named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
     drawn = _sampling_settings(args, training)
     check_prompts(
         [row["prompt"] for row in rows],
@@ -99,19 +98,19 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
         chat_template_kwargs=drawn.chat_template_kwargs,
     )
     return Study(
-        named,
-        prior,
-        tokenizer,
-        rewards,
-        names,
-        target,
-        weights,
-        rows,
-        num_rows,
-        drawn,
-        name,
-        training.prior_samples_dir,
-        training.seed,
+        named=training.prior_model_name_or_path or str(arguments.model.model_name_or_path),
+        prior=prior,
+        tokenizer=tokenizer,
+        rewards=rewards,
+        reward_names=names,
+        target=target,
+        reward_weights=weights,
+        rows=rows,
+        num_rows=num_rows,
+        settings=drawn,
+        prior_path=name,
+        prior_samples_dir=training.prior_samples_dir,
+        training_seed=training.seed,
     )
 
 
