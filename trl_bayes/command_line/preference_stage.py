@@ -13,12 +13,13 @@ from ..language_models.samples import sample, score
 from ..language_models.settings import SamplingSettings
 from ..rewards import build_rewards
 from ..rewards.calling import without_infinite
+from ..rewards.whole_models import whole_models
 from ..targets.base import weighted_sum
 from .cloning import load_jsonl, release_memory, write_rows
 from .demonstration_data import load_preferences, tokenized
 from .demonstration_recipe import DemonstrationRecipe, PreferenceArguments
 from .models import find_config, find_tokenizer, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, StageError, is_first, on_its_own, wait_for_all
+from .stages import Stage, StageError, is_first, wait_for_all
 
 
 PREFERENCES = "preferences.jsonl"
@@ -112,7 +113,7 @@ def train_reward(
     return {"pairs": len(preferences), "accuracy": accuracies[-1] if accuracies else None}
 
 
-@on_its_own()
+@whole_models()
 def draw_preferences(
     file: Path, args: PreferenceArguments, model: ModelConfig, training: Any, clone: Path, prompts: list[Any]
 ) -> None:
