@@ -93,7 +93,8 @@ def run(args: DemonstrationsArguments, progress: Progress) -> Iterator[Findings]
         for seed in args.seeds:
             rows.append(measure(task, number, seed, args.budget))
             progress.advance(bar)
-        yield Findings(_record(rows, from_prior), to_markdown(rows, from_prior, args), figure=figure(rows, from_prior))
+        record = {"from_prior": from_prior, "rows": [vars(row) for row in rows]}
+        yield Findings(record, to_markdown(rows, from_prior, args), figure=figure(rows, from_prior))
 
 
 def measure(task: ChainTask, number: int, seed: int, budget: Budget) -> Row:
@@ -137,18 +138,6 @@ def _numbers(rows: Sequence[Row]) -> list[int]:
 
 def _mean(rows: Sequence[Row], number: int, value: Any) -> float:
     return statistics.mean(value(row) for row in rows if row.number == number)
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _record(rows: Sequence[Row], from_prior: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Strict JSON: what is infinite is `null`."""
-    return {
-        "from_prior": list(from_prior),
-        "rows": [{**vars(row), "kl": _finite(row.kl)} for row in rows],
-    }
 
 
 def to_markdown(rows: Sequence[Row], from_prior: Sequence[dict[str, float]], args: DemonstrationsArguments) -> str:

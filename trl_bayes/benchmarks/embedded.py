@@ -231,7 +231,7 @@ def prior_evaluation(posterior: Posterior) -> Evaluation:
 
 
 def to_record(run: EmbeddedRun) -> dict[str, Any]:
-    """A run as strict JSON."""
+    """A run as JSON."""
     return run.to_record("evaluation", Evaluation.to_dict, lambda estimate: {"forward_kl": estimate.to_dict()})
 
 

@@ -204,9 +204,5 @@ def _curves(runs: Sequence[ExactRun]) -> list[TrainingCurves]:
 
 
 def to_record(run: ExactRun) -> dict[str, Any]:
-    """A run as strict JSON: an infinite divergence is `null`."""
-    return run.to_record("fit", _finite, _finite)
-
-
-def _finite(fit: PolicyFit) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in fit._asdict().items()}
+    """A run as JSON."""
+    return run.to_record("fit", PolicyFit._asdict, PolicyFit._asdict)

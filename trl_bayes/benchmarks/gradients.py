@@ -75,12 +75,10 @@ class Row(NamedTuple):
     """Over that of the sequence-level reverse KL at the same policy."""
 
     def to_record(self) -> dict[str, Any]:
-        """As strict JSON: what is not known is `null`."""
+        """As JSON, without a level of its own for the moments."""
         flat = {**self._asdict(), **self.moments._asdict()}
         del flat["moments"]
-        return {
-            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in flat.items()
-        }
+        return flat
 
 
 def run(args: GradientsArguments, progress: Progress) -> Iterator[Findings]:

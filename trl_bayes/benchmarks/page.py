@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..statistics.strict_json import strict_json
 from .figure import divergence_figure
 from .section import Findings, SectionArguments
 
@@ -45,7 +46,7 @@ class Page:
             "seconds": self.seconds,
             **{section: found.record for section, found in self.findings.items()},
         }
-        text = json.dumps(record, indent=1, allow_nan=False)
+        text = json.dumps(strict_json(record), indent=1, allow_nan=False)
         (self.folder / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
         (self.folder / f"{self.name}.md").write_text(self.to_markdown(figure), encoding="utf-8")
 
