@@ -193,10 +193,10 @@ def _policy(name: str, arguments: Arguments, rewards: Sequence[Any]) -> dict[str
         return {"model": name, "quantization_config": quantization_config}
     if training.prior_model_name_or_path is None and not any(isinstance(reward, str) for reward in rewards):
         training.model_init_kwargs = None  # TRL would warn that they are ignored, and there is no model left to load
-    on_one_device = training.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED")  # as TRL has it
+    is_replicated = training.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED")  # as TRL has it
     return {
         "model": load_trainable_adapter(
-            name, settings | ({"device_map": None} if on_one_device else {}), quantization_config
+            name, settings | ({"device_map": None} if is_replicated else {}), quantization_config
         ),
         "processing_class": load_tokenizer(name, settings),
     }
