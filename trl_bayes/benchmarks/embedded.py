@@ -263,7 +263,7 @@ def table(runs: Sequence[EmbeddedRun], prior: Evaluation) -> str:
 def _cell(estimates: Sequence[Estimate], metric: str) -> str:
     """The mean over seeds ± the standard error of one seed's estimate, and the seeds' range if there are several."""
     if not all(estimate.trusted for estimate in estimates):
-        return "unsure"
+        return "not reliable"
     values = [estimate.value for estimate in estimates]
     if not all(map(math.isfinite, values)):
         return "∞"
