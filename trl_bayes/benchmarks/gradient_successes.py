@@ -22,6 +22,8 @@ PHI = 10.0
 """Of a success: a reward of 1 at `beta = 0.1`."""
 
 
+_GROUP_SIZE = 16
+
 class SquaredError(NamedTuple):
     """Of the gradient in the log-odds of a success, from one group."""
 
@@ -47,7 +49,7 @@ def known(group: Group, log_z: float) -> LogZ:
     return fixed_log_z(torch.full((len(group.phi),), log_z, dtype=torch.float64), group)
 
 
-def squared_error(estimator: Estimator, rate: float, rule: _Rule, group_size: int = 16) -> SquaredError:
+def squared_error(estimator: Estimator, rate: float, rule: _Rule, group_size: int = _GROUP_SIZE) -> SquaredError:
     """
     Exactly, on-policy at the prior, over all numbers of successes in a group.
 
@@ -61,20 +63,20 @@ def squared_error(estimator: Estimator, rate: float, rule: _Rule, group_size: in
 
 
 def squared_error_by_samples(
-    estimator: Estimator, rate: float, is_bounded: bool = True, number: int = 100, group_size: int = 16
+    estimator: Estimator, rate: float, is_bounded: bool = True, number: int = 100
 ) -> SquaredError:
     """
     The same where `Z` comes from samples of the prior, over all numbers of successes among these too.
 
     Args:
-        estimator ([`~trl_bayes.estimators.Estimator`]), rate (`float`), group_size (`int`): as of [`squared_error`].
+        estimator ([`~trl_bayes.estimators.Estimator`]), rate (`float`): as of [`squared_error`].
         is_bounded (`bool`, *optional*, defaults to `True`): whether `Z` is that of
             [`~trl_bayes.partitions.FromPriorSamples`], or only the samples' mean.
         number (`int`, *optional*, defaults to `100`): samples of the prior.
     """
     chance = _binomial(number, rate)
     likely = [(each, k) for k, each in enumerate(chance) if each > 1e-12]
-    return _error(estimator, rate, [(each, _by_samples(k, number, is_bounded)) for each, k in likely], group_size)
+    return _error(estimator, rate, [(each, _by_samples(k, number, is_bounded)) for each, k in likely], _GROUP_SIZE)
 
 
 def _by_samples(successes: int, number: int, is_bounded: bool) -> _Rule:

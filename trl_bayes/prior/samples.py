@@ -64,8 +64,8 @@ class PriorSamples:
             `(R,)`. Defaults to that of the prompt.
         rewards (`Sequence[str | None]`): fingerprint of each of the `K` reward functions; `None` for one that cannot
             be recognized, which scores all samples in each run.
-        num_samples (`int`, *optional*, defaults to `100`): completions for each row, at least 2.
-        chunk_size (`int`, *optional*, defaults to `256`): completions that a process draws at a time.
+        num_samples (`int`): completions for each row, at least 2.
+        chunk_size (`int`): completions that a process draws at a time.
 
     Raises:
         ValueError: arguments out of range.
@@ -80,8 +80,8 @@ class PriorSamples:
         row_keys: torch.Tensor | None = None,
         *,
         rewards: Sequence[str | None],
-        num_samples: int = 100,
-        chunk_size: int = 256,
+        num_samples: int,
+        chunk_size: int,
     ):
         if num_samples < 2:
             raise ValueError(f"`num_samples={num_samples}` is too few to learn from: set it to 2 or more.")
