@@ -15,6 +15,7 @@ from ..statistics.demonstrations import kl_from_expert, temperature_by_rule
 from .jobs import quiet
 from .section import Findings, SectionArguments
 from .table_policies import SUCCESS, Budget, ChainTask, chain_task, clone, draw_demonstrations, regularized_rl, slope
+from .tables import markdown_table
 
 
 _FLOORS: dict[str, dict[str, float]] = {
@@ -152,39 +153,31 @@ def to_markdown(rows: Sequence[Row], from_prior: Sequence[dict[str, float]], arg
 
 def _table_of_kl(rows: Sequence[Row]) -> str:
     numbers = _numbers(rows)
-    heads = [f"N = {number:,}" for number in numbers]
-    lines = [
-        f"| KL(expert‖clone), nats; floor | {' | '.join(heads)} | slope | of the last {_LAST} |",
-        f"|---|{'---|' * (len(numbers) + 2)}",
-    ]
+    lines = []
     for name in _FLOORS:
         values = [_mean(rows, number, lambda row, name=name: row.kl[name]) for number in numbers]
         finite = len(values) > 1 and all(map(math.isfinite, values))
         slopes = [slope(numbers, values), slope(numbers[-_LAST:], values[-_LAST:])] if finite else []
-        cells = [*(_cell(value) for value in values), *([f"{each:.2f}" for each in slopes] or ["", ""])]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append([name, *map(_cell, values), *([f"{each:.2f}" for each in slopes] or ["", ""])])
     spread = [
         f"{_mean(rows, number, lambda row: row.kl_held_out):.3f} ± "
         f"{_deviation([row.kl_held_out - row.kl[_USED] for row in rows if row.number == number]):.3f}"
         for number in numbers
     ]
-    lines.append(f"| {_USED}, by N / 5 held out, ± error of one seed | {' | '.join(spread)} | | |")
-    return "\n".join(lines)
+    lines.append([f"{_USED}, by N / 5 held out, ± error of one seed", *spread, "", ""])
+    columns = ["KL(expert‖clone), nats; floor", *map("N = {:,}".format, numbers), "slope", f"of the last {_LAST}"]
+    return markdown_table(columns, lines)
 
 
 def _table_of_rl(rows: Sequence[Row], from_prior: Sequence[dict[str, float]]) -> str:
     numbers = _numbers(rows)
-    lines = [
-        f"| sub-optimality | {' | '.join(f'N = {number:,}' for number in numbers)} | from the prior |",
-        f"|---|{'---|' * (len(numbers) + 1)}",
-        f"| the clone | {' | '.join(f'{_mean(rows, number, lambda row: row.cloned):.3f}' for number in numbers)} | |",
-    ]
+    lines = [["the clone", *(f"{_mean(rows, number, lambda row: row.cloned):.3f}" for number in numbers), ""]]
     for name in rows[0].trained:
         cells = [f"{_mean(rows, number, lambda row, name=name: row.trained[name]):.3f}" for number in numbers]
         without = [found[name] for found in from_prior if name in found]
         last = f"{statistics.mean(without):.3f}" if without else ""
-        lines.append(f"| RL, {name} | {' | '.join(cells)} | {last} |")
-    return "\n".join(lines)
+        lines.append([f"RL, {name}", *cells, last])
+    return markdown_table(["sub-optimality", *map("N = {:,}".format, numbers), "from the prior"], lines)
 
 
 def _deviation(values: Sequence[float]) -> float:

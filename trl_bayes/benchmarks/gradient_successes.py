@@ -13,6 +13,7 @@ from ..groups import Group, pooled_log_z
 from ..partitions import FromPriorSamples, LeaveOneOut, LogZ, fixed_log_z
 from ..prior import PriorScores, log_z_from_prior
 from ..targets import Tilt
+from .tables import markdown_table
 
 
 RATES = (0.01, 0.05, 0.1, 0.2)
@@ -21,8 +22,8 @@ RATES = (0.01, 0.05, 0.1, 0.2)
 PHI = 10.0
 """Of a success: a reward of 1 at `beta = 0.1`."""
 
-
 _GROUP_SIZE = 16
+
 
 class SquaredError(NamedTuple):
     """Of the gradient in the log-odds of a success, from one group."""
@@ -133,10 +134,7 @@ def table() -> str:
         "DPG": ImportanceWeights(get_divergence("forward_kl")),
         "Jensen-Shannon": ScoreFunction(get_divergence("jensen_shannon")),
     }
-    lines = [
-        f"| estimator | Z | {' | '.join(f'success rate {rate:g}' for rate in RATES)} |",
-        f"|---|---|{'---|' * len(RATES)}",
-    ]
+    lines = []
     for name, estimator in estimators.items():
         best = [squared_error(estimator, rate, known) for rate in RATES]
         errors = {rule: [squared_error(estimator, rate, log_z) for rate in RATES] for rule, log_z in RULES.items()}
@@ -149,5 +147,5 @@ def table() -> str:
         for rule, found in errors.items():
             pairs = zip(found, best, strict=True)
             cells = [f"{each.of() / least.of():.3g} ({each.of(16) / least.of(16):.3g})" for each, least in pairs]
-            lines.append(f"| {name} | {rule} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([name, rule, *cells])
+    return markdown_table(["estimator", "Z", *(f"success rate {rate:g}" for rate in RATES)], lines)
