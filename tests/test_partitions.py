@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.outcomes import coefficient_of
 from trl_bayes.divergences import get_divergence
-from trl_bayes.estimators import trajectory_balance_coefficient
+from trl_bayes.estimators import TrajectoryBalance
 from trl_bayes.groups import Group, pooled_log_z
 from trl_bayes.partitions import FromPriorSamples, Running
 from trl_bayes.prior import PriorScores
@@ -221,7 +222,9 @@ def test_off_policy_at_the_posterior_trajectory_balance_is_off_by_order_1_over_n
         rate = torch.exp(-log_ratio)  # that p gives nearly all to
         partition = from_prior([0.0] * (number - 1) + [1e-7])
         log_z = partition.log_z(groups_of(log_ratio.tolist())).of_completion[0]
-        factor = trajectory_balance_coefficient(log_ratio, log_ratio, log_z, divergence)
+        factor = coefficient_of(
+            TrajectoryBalance(divergence), log_ratio, log_ratio, torch.zeros_like(log_ratio), log_z
+        )
         worst[number] = (rate * factor).abs().max().item()
     assert all(0.7 * limit < value * number < limit for number, value in worst.items())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import __version__
 from .command_line.discovery import modules_with
+from .command_line.refusals import refuse
 from .spelling import did_you_mean
 
 
@@ -38,10 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = commands()
     if name not in known:
         hint = did_you_mean(name, known)
-        print(
-            f"trl-bayes: error: There is no command {argv[0]!r}{hint}: use one of {', '.join(known)}.", file=sys.stderr
-        )
-        raise SystemExit(2)
+        refuse("trl-bayes", f"There is no command {argv[0]!r}{hint}: use one of {', '.join(known)}.")
     importlib.import_module(f".commands.{name.replace('-', '_')}", __package__).main(argv[1:])
 
 

@@ -64,7 +64,7 @@ class Group(NamedTuple):
     @property
     def log_weights(self) -> torch.Tensor:
         """`log w = log P - log q`."""
-        return log_weights(self.log_target, self.log_proposal)
+        return self.log_target - self.log_proposal
 
 
 def differ(phi: torch.Tensor) -> torch.Tensor:
@@ -77,22 +77,6 @@ def differ(phi: torch.Tensor) -> torch.Tensor:
 def finite_exp(x: torch.Tensor) -> torch.Tensor:
     """`e^x`, at most the root of the largest float: what lies beyond is as good as infinite, but must not overflow."""
     return x.clamp(max=math.log(torch.finfo(x.dtype).max) / 2).exp()
-
-
-def log_weights(log_target: torch.Tensor, log_proposal: torch.Tensor) -> torch.Tensor:
-    """
-    Importance weights of samples from `q` for the unnormalized posterior: `log w = log P - log q`, in nats.
-
-    Args:
-        log_target (`torch.Tensor`):
-            `log P = log pi_0 + phi` of any shape, such as `(P, G)`; `-inf` outside the posterior's support.
-        log_proposal (`torch.Tensor`):
-            `log q` of the distribution that the completions were sampled from, of the same shape.
-
-    Returns:
-        `torch.Tensor`: of the same shape.
-    """
-    return log_target - log_proposal
 
 
 def leave_one_out_log_z(

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import numpy
 import torch
 
 from .groups import NEG_INF, Group, bounded_fixed_log_z, bounded_leave_one_out_log_z, differ, log_mean, pooled_log_z
@@ -47,9 +48,6 @@ class Partition(ABC):
     def is_ready(self) -> bool:
         """Whether it can be used: nothing is to be learned, or it has been."""
         return True
-
-    def check(self, target: Target) -> None:  # noqa: B027 - most work with any target
-        """Raises `ValueError`, one sentence, for a target that it cannot work with."""
 
     def learn(self, prior: PriorScores, target: Target) -> None:  # noqa: B027 - nothing to learn by default
         """Learns from samples of the prior under a target that is bound and fitted."""
@@ -142,7 +140,7 @@ class Running(Partition):
         counts = group.valid.sum(dim=1).tolist()
         for key, log_sum, count in zip(_keys(group).tolist(), log_sums, counts, strict=True):
             past_log_sum, past_count = self._past.get(key, (NEG_INF, 0.0))
-            self._past[key] = (_log_add(past_log_sum, log_sum), past_count + count)
+            self._past[key] = (float(numpy.logaddexp(past_log_sum, log_sum)), past_count + count)
         self._told.update(_keys(group)[group.tells_z].tolist())
 
     def of_reused(self, keys: torch.Tensor, log_weights: torch.Tensor) -> LogZ:
@@ -212,7 +210,7 @@ class FromPriorSamples(Partition):
 
     def learn(self, prior: PriorScores, target: Target) -> None:
         phi = prior.log_potential(target)
-        log_z = log_z_from_prior(phi).log_z
+        log_z = log_z_from_prior(phi)
         number = (~phi.isnan()).sum(dim=1).to(log_z)
         largest = target.max_log_potential()
         informed = log_z.isfinite() & (differ(phi) | (phi == (math.inf if largest is None else largest)).any(dim=1))
@@ -287,14 +285,14 @@ class Known(Partition):
 
     Args:
         target ([`~trl_bayes.targets.Target`]): see `Target.log_z`.
+
+    Raises:
+        ValueError: the target does not know its log Z.
     """
 
     name = "known"
 
     def __init__(self, target: Target):
-        self.target = target
-
-    def check(self, target: Target) -> None:
         try:
             knows = target.log_z(torch.empty(0, dtype=torch.int64)) is not None
         except ValueError:  # it wants to be fitted first, so there is something to know
@@ -304,25 +302,12 @@ class Known(Partition):
                 f"The target {target!r} does not know its log Z: set `partition` to 'running', 'leave_one_out' or "
                 "'prior_samples'."
             )
+        self.target = target
 
     def log_z(self, group: Group) -> LogZ:
         log_z = self.target.log_z(_keys(group))
-        assert log_z is not None  # `check` refuses a target that does not know it
+        assert log_z is not None  # refused at the start
         return fixed_log_z(log_z, group)
-
-
-def make_partition(name: str, target: Target) -> Partition:
-    """
-    The partition of a configuration.
-
-    Raises:
-        ValueError: no such name, or a target that it cannot work with; one sentence.
-    """
-    if name not in PARTITIONS:
-        raise ValueError(f"Unknown `partition={name!r}`: use one of {list(PARTITIONS)}.")
-    partition = PARTITIONS[name](target)
-    partition.check(target)
-    return partition
 
 
 PARTITIONS: dict[str, Callable[[Target], Partition]] = {
@@ -343,9 +328,3 @@ def fixed_log_z(log_z: torch.Tensor, group: Group) -> LogZ:
     """One `log Z` for each prompt of a group, `(P,)`, that the group has no part in."""
     log_z = log_z.to(group.log_policy)
     return LogZ(log_z.unsqueeze(1).expand_as(group.phi), log_z, torch.ones_like(log_z, dtype=torch.bool))
-
-
-def _log_add(a: float, b: float) -> float:
-    """`log(e^a + e^b)` for two floats, of which both may be `-inf`."""
-    high, low = max(a, b), min(a, b)
-    return high if low == NEG_INF else high + math.log1p(math.exp(low - high))

@@ -38,7 +38,9 @@ def main(name: str, argv: list[str]) -> None:
         model=model_path(str(arguments.model.model_name_or_path)),
         reward_funcs=find_rewards(arguments.script)[0],
         args=config_class(**settings),
-        train_dataset=select_split(load_data(arguments), arguments.script.dataset_train_split, arguments.script),
+        train_dataset=select_split(
+            load_data(arguments.script, arguments.mixture), arguments.script.dataset_train_split, arguments.script
+        ),
         peft_config=get_peft_config(arguments.model),
     )
     trainer.train()

@@ -87,9 +87,9 @@ def test_the_table() -> None:
 
     runs = [run("A", 0, 0.25), run("A", 1, 0.35), run("B", 0, 0.3, trusted=False), run("C", 0, math.inf)]
     rows = table(runs, evaluation(0.7, 0.4)).splitlines()
-    assert rows[2] == "| the prior | 0 | 70.0 ± 1.0 % | 0.400 ± 0.020 | 0.200 ± 0.010 | 0.300 ± 0.010 | |"
+    assert rows[2] == "| the prior | 0 | 70.0 ± 1.0 % | 0.400 ± 0.020 | 0.200 ± 0.010 | 0.300 ± 0.010 |  |"
     assert rows[3].startswith("| A | 4,000 | 85.0 ± 1.0 % (80.0 to 90.0) | 0.300 ± 0.020 (0.250 to 0.350) |")
-    assert rows[3].endswith("| 2.5 |") and "| unsure |" in rows[4] and "| ∞ |" in rows[5] and len(rows) == 6
+    assert rows[3].endswith("| 2.5 |") and "| not reliable |" in rows[4] and "| ∞ |" in rows[5] and len(rows) == 6
 
 
 def test_what_is_not_finite_is_strict_json() -> None:

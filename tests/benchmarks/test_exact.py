@@ -12,6 +12,7 @@ from trl_bayes.benchmarks.enumeration import PolicyFit
 from trl_bayes.benchmarks.exact import ExactArguments, curve_tables, jobs, table, to_record
 from trl_bayes.benchmarks.exact_training import ExactRun
 from trl_bayes.benchmarks.learning_curve import Point
+from trl_bayes.statistics.strict_json import strict_json
 
 
 def fit(forward: float, reverse: float = 0.5) -> PolicyFit:
@@ -34,7 +35,7 @@ def test_tables_are_over_seeds() -> None:
 
 def test_an_infinite_divergence_is_null_and_shown_as_such() -> None:
     outside = ExactRun("hard-20k", "A", 0, 64, 1.0, fit(0.1, math.inf), (Point(64, 1.0, fit(0.1, math.inf)),))
-    record = json.loads(json.dumps(to_record(outside), allow_nan=False))
+    record = json.loads(json.dumps(strict_json(to_record(outside)), allow_nan=False))
     assert record["fit"]["reverse_kl"] is None and record["fit"]["forward_kl"] == 0.1
     assert record["curve"] == [{"samples": 64, "seconds": 1.0, **record["fit"]}]
     assert "| 0.1000 | 0.1000 |  | ∞ |" in table([outside])

@@ -100,7 +100,7 @@ def test_the_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     costs = [row["generated_per_draw"] for row in rows if row["family"] == "quasi-rejection"]
     assert costs == sorted(costs)
     markdown, printed = (tmp_path / "out" / "samplers.md").read_text(), capsys.readouterr().out
-    assert markdown in printed and markdown.count("\n| ") == len(rows) + 1
+    assert markdown in printed and markdown.count("\n| ") == len(rows) + 2  # the heads, and the line under them
     for row in rows:
         assert f"| {row['family']} | {row['settings']} | {row['total_variation']:.3f} |" in markdown
 

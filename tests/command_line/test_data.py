@@ -15,9 +15,10 @@ import torch
 import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from trl import DatasetMixtureConfig
 
 from trl_bayes import cli
-from trl_bayes.command_line.arguments import Arguments, TrainingScriptArguments
+from trl_bayes.command_line.arguments import TrainingScriptArguments
 from trl_bayes.command_line.data import hub_dataset, load_data, select_split
 
 
@@ -125,13 +126,9 @@ def test_files_of_every_kind(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     name = f"x.{kind}"
     write(name)
     script = TrainingScriptArguments(dataset_name=name)
-    data = load_data(Arguments(script, None, None, Mixture()))  # type: ignore[arg-type]
+    data = load_data(script, DatasetMixtureConfig())
     assert select_split(data, "train", script)["prompt"][:] == ["a", "b"]
     assert hub_dataset(name) is None and hub_dataset(f"gone/{name}") is None
-
-
-class Mixture:
-    datasets: list[Any] = []
 
 
 def test_a_compressed_file_that_is_not_there(refused: Callable[..., str]) -> None:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.outcomes import coefficient_of
 from trl_bayes.benchmarks.tiny import EnumerableTask, balance_task, bigram_task, letter_count_task
-from trl_bayes.estimators import importance_coefficient
+from trl_bayes.divergences import get_divergence
+from trl_bayes.estimators import ImportanceWeights
 from trl_bayes.groups import bounded_leave_one_out_log_z, leave_one_out_log_z
 
 
+DPG = ImportanceWeights(get_divergence("forward_kl"))
 G = 16
 NUM_GROUPS = 20_000
 PHI = 10.0  # a 0/1 reward at beta = 0.1
@@ -32,7 +35,7 @@ def mean_coefficients(weight_probability: Tensor, log_weights: Tensor) -> Tensor
         weights = torch.cat([own.expand(NUM_GROUPS, 1), log_weights[siblings]], dim=1)
         log_z = bounded_leave_one_out_log_z(weights, torch.ones_like(weights, dtype=torch.bool))[:, 0]
         zeros = torch.zeros_like(log_z)
-        means.append(importance_coefficient(zeros, weights[:, 0], zeros, log_z).mean())
+        means.append(coefficient_of(DPG, zeros, weights[:, 0], zeros, log_z).mean())
     return torch.stack(means)
 
 
@@ -65,7 +68,7 @@ def test_of_a_reward_of_0_or_1(rate: float, expected: float) -> None:
     zeros = torch.zeros_like(weights)
     log_z = bounded_leave_one_out_log_z(weights, torch.ones_like(weights, dtype=torch.bool))
     score = (weights == PHI).double() - rate  # grad log pi in the logit of a success
-    mean = (probability * (importance_coefficient(zeros, weights, zeros, log_z) * score).mean(dim=1)).sum()
+    mean = (probability * (coefficient_of(DPG, zeros, weights, zeros, log_z) * score).mean(dim=1)).sum()
     z = rate * math.exp(PHI) + 1 - rate
     exact = rate * (1 - rate) * (1 - math.exp(PHI)) / z
     assert (mean / exact - 1).item() == pytest.approx(expected, abs=0.001)

@@ -29,6 +29,7 @@ from tests.helpers.outcomes import (
     Space,
     all_groups,
     all_multisets,
+    coefficient_of,
     divergence_of,
     everything_valid,
     exact_gradient,
@@ -48,11 +49,8 @@ from trl_bayes.estimators import (
     ScoreFunction,
     Sequences,
     TrajectoryBalance,
-    importance_coefficient,
     leave_one_out_baseline,
     leave_one_out_mean,
-    score_function_coefficient,
-    trajectory_balance_coefficient,
     vargrad_log_z,
 )
 from trl_bayes.groups import (
@@ -60,10 +58,12 @@ from trl_bayes.groups import (
     bounded_leave_one_out_log_z,
     effective_sample_size,
     leave_one_out_log_z,
-    log_weights,
     pooled_log_z,
 )
 from trl_bayes.partitions import fixed_log_z
+
+
+DPG = ImportanceWeights(divergence_of("forward_kl"))
 
 
 def test_every_divergence_is_enumerated() -> None:
@@ -126,7 +126,7 @@ def expected_score_function_gradient(name: str, target: Space, log_q: Tensor, gr
     y, valid, divergence = groups.outcomes, everything_valid(groups.outcomes), divergence_of(name)
     pi, log_p, log_z = LOG_POLICY[y], target.log_target[y], target.log_z.expand(y.shape)
     baseline = leave_one_out_baseline(pi - log_p, log_z, valid, divergence)
-    coefficient = score_function_coefficient(pi, log_p, log_q[y], log_z, baseline, divergence)
+    coefficient = coefficient_of(ScoreFunction(divergence), pi, log_p, log_q[y], log_z, baseline)
     return groups.expectation(group_gradient(coefficient, y))
 
 
@@ -145,7 +145,7 @@ def test_score_function_gradient_is_exact(name: str, where: str, log_q: Tensor, 
 def test_importance_gradient_is_exact(where: str, log_q: Tensor, group_size: int) -> None:
     target, groups = SPACES[where], all_groups(group_size, log_q)
     y = groups.outcomes
-    coefficient = importance_coefficient(LOG_POLICY[y], target.log_target[y], log_q[y], target.log_z.expand(y.shape))
+    coefficient = coefficient_of(DPG, LOG_POLICY[y], target.log_target[y], log_q[y], target.log_z.expand(y.shape))
     exact = exact_gradient(forward_kl(target))
     assert_equal(groups.expectation(group_gradient(coefficient, y)), exact)
     # The second weight, pi/q, has no part in the mean; it is there for the variance
@@ -158,8 +158,12 @@ def test_importance_gradient_is_exact(where: str, log_q: Tensor, group_size: int
 def test_trajectory_balance_gradient_is_exact_on_policy(name: str, where: str, group_size: int) -> None:
     target, groups = SPACES[where], all_groups(group_size, LOG_POLICY)
     y = groups.outcomes
-    coefficient = trajectory_balance_coefficient(
-        LOG_POLICY[y], target.log_target[y], target.log_z.expand(y.shape), divergence_of(name)
+    coefficient = coefficient_of(
+        TrajectoryBalance(divergence_of(name)),
+        LOG_POLICY[y],
+        target.log_target[y],
+        LOG_POLICY[y],
+        target.log_z.expand(y.shape),
     )
     exact = exact_gradient(f_divergence(name, target))
     assert_equal(groups.expectation(group_gradient(coefficient, y)), exact)
@@ -174,13 +178,15 @@ def test_trajectory_balance_vanishes_at_the_posterior_off_policy(name: str) -> N
     fitted = vargrad_log_z(at_posterior - log_p, everything_valid(y))
     assert_equal(fitted, SOFT.log_z, atol=1e-9)
     for log_z in (SOFT.log_z.expand(y.shape), fitted):
-        coefficient = trajectory_balance_coefficient(at_posterior, log_p, log_z, divergence)
+        coefficient = coefficient_of(TrajectoryBalance(divergence), at_posterior, log_p, OTHER_PROPOSAL[y], log_z)
         if (
             name == "total_variation"
         ):  # sign(t - 1) / 2 is not small where rounding has left t = 1 +- 1e-16: the loss is
             coefficient = divergence.loss(at_posterior - log_p + log_z)
         assert_equal(coefficient, ZERO, atol=1e-8)
-    elsewhere = trajectory_balance_coefficient(LOG_POLICY[y], log_p, SOFT.log_z.expand(y.shape), divergence)
+    elsewhere = coefficient_of(
+        TrajectoryBalance(divergence), LOG_POLICY[y], log_p, OTHER_PROPOSAL[y], SOFT.log_z.expand(y.shape)
+    )
     assert elsewhere.abs().max() > 0.1
 
 
@@ -194,13 +200,13 @@ def test_estimates_have_no_variance_at_the_posterior(name: str, where: str) -> N
     supported = target.log_posterior.isfinite().nonzero().flatten()
     y = torch.tensor(list(itertools.product(supported.tolist(), repeat=3)))
     pi, log_p, valid = target.log_posterior[y], target.log_target[y], everything_valid(y)
-    log_z = leave_one_out_log_z(log_weights(log_p, pi), valid)
+    log_z = leave_one_out_log_z(log_p - pi, valid)
     assert_equal(log_z, target.log_z)
     baseline = leave_one_out_baseline(pi - log_p, log_z, valid, divergence)
     for coefficient in (
-        score_function_coefficient(pi, log_p, pi, log_z, baseline, divergence),
-        importance_coefficient(pi, log_p, pi, log_z),
-        trajectory_balance_coefficient(pi, log_p, log_z, divergence),
+        coefficient_of(ScoreFunction(divergence), pi, log_p, pi, log_z, baseline),
+        coefficient_of(DPG, pi, log_p, pi, log_z),
+        coefficient_of(TrajectoryBalance(divergence), pi, log_p, pi, log_z),
     ):
         assert_equal(coefficient, ZERO)
 
@@ -252,7 +258,7 @@ def test_kl_rl_is_the_reverse_kl_score_function_for_any_common_evidence(log_q: T
     y, divergence = all_groups(3, log_q).outcomes, divergence_of("reverse_kl")
     pi, log_p, log_z = LOG_POLICY[y], SOFT.log_target[y], vector(17.0)
     baseline = leave_one_out_baseline(pi - log_p, log_z.expand_as(pi), everything_valid(y), divergence)
-    coefficient = score_function_coefficient(pi, log_p, log_q[y], log_z, baseline, divergence)
+    coefficient = coefficient_of(ScoreFunction(divergence), pi, log_p, log_q[y], log_z, baseline)
     assert_equal(coefficient, kl_rl_coefficient(y, log_q))
 
 
@@ -268,16 +274,16 @@ def coefficient_with_estimated_evidence(
     """On-policy, as the trainers compute it; a group without evidence gives nothing."""
     pi, log_p, valid = LOG_POLICY[outcomes], target.log_target[outcomes], everything_valid(outcomes)
     method, _, name = estimator.partition(":")
-    log_z = rule(log_weights(log_p, pi), valid)
+    log_z = rule(log_p - pi, valid)
     usable = log_z.isfinite()
     log_z = log_z.masked_fill(~usable, 0.0)
     if method == "dpg":
-        return importance_coefficient(pi, log_p, pi, log_z).masked_fill(~usable, 0.0)
+        return coefficient_of(DPG, pi, log_p, pi, log_z).masked_fill(~usable, 0.0)
     divergence = divergence_of(name)
     if method == "tb":
-        return trajectory_balance_coefficient(pi, log_p, log_z, divergence).masked_fill(~usable, 0.0)
+        return coefficient_of(TrajectoryBalance(divergence), pi, log_p, pi, log_z).masked_fill(~usable, 0.0)
     baseline = leave_one_out_baseline(pi - log_p, log_z, usable, divergence)
-    return score_function_coefficient(pi, log_p, pi, log_z, baseline, divergence).masked_fill(~usable, 0.0)
+    return coefficient_of(ScoreFunction(divergence), pi, log_p, pi, log_z, baseline).masked_fill(~usable, 0.0)
 
 
 def relative_bias(
@@ -350,7 +356,7 @@ def test_multisets_give_the_same_bias_as_all_groups() -> None:
 @pytest.mark.parametrize("where", SPACES)
 def test_log_z_is_unbiased_for_z(where: str, log_q: Tensor) -> None:
     target, groups = SPACES[where], all_groups(3, log_q)
-    weights = log_weights(target.log_target, log_q)[groups.outcomes]
+    weights = (target.log_target - log_q)[groups.outcomes]
     valid = everything_valid(groups.outcomes)
     # The number of samples is an int tensor, whose logarithm is float32
     assert_equal(groups.expectation(pooled_log_z(weights, valid).exp()), target.log_z.exp(), atol=1e-7)
@@ -362,7 +368,7 @@ def test_log_z_is_unbiased_for_z(where: str, log_q: Tensor) -> None:
 def test_leave_one_out_is_unbiased_for_z_whatever_the_sample_is(log_q: Tensor) -> None:
     """Independent of y_i: given y_i its expectation is Z, which is what makes w_i / Z_hat harmless."""
     groups = all_groups(3, log_q)
-    weights = log_weights(SOFT.log_target, log_q)[groups.outcomes]
+    weights = (SOFT.log_target - log_q)[groups.outcomes]
     z = leave_one_out_log_z(weights, everything_valid(groups.outcomes)).exp()
     for sample in range(3):
         for outcome in range(NUM_OUTCOMES):
@@ -432,7 +438,7 @@ def test_vargrad_evidence_is_the_siblings_mean() -> None:
     log_z = vargrad_log_z(pi - log_p, valid)
     expected = torch.stack([(log_p - pi)[:, [j for j in range(4) if j != i]].mean(dim=1) for i in range(4)], dim=1)
     assert_equal(log_z, expected)
-    assert_equal(trajectory_balance_coefficient(pi, log_p, log_z, divergence), kl_rl_coefficient(y, LOG_POLICY))
+    assert_equal(coefficient_of(TrajectoryBalance(divergence), pi, log_p, pi, log_z), kl_rl_coefficient(y, LOG_POLICY))
 
 
 # --- the baseline and the effective sample size --------------------------------------------------------------------
@@ -538,15 +544,15 @@ class Batch(NamedTuple):
 def everything(batch: Batch, name: str = "jensen_shannon") -> dict[str, Tensor]:
     """Every quantity of this module for a batch, with Z and the baseline from the batch."""
     pi, log_p, log_q, valid, divergence = *batch[:1], batch.log_target, *batch[3:], divergence_of(name)
-    weights = log_weights(log_p, log_q)
+    weights = log_p - log_q
     log_z = leave_one_out_log_z(weights, valid)
     usable = valid & log_z.isfinite()
     log_z = log_z.masked_fill(~usable, 0.0)
     baseline = leave_one_out_baseline(pi - log_p, log_z, usable, divergence)
     per_sample = {
-        "f_dpg": score_function_coefficient(pi, log_p, log_q, log_z, baseline, divergence),
-        "dpg": importance_coefficient(pi, log_p, log_q, log_z),
-        "tb": trajectory_balance_coefficient(pi, log_p, log_z, divergence),
+        "f_dpg": coefficient_of(ScoreFunction(divergence), pi, log_p, log_q, log_z, baseline),
+        "dpg": coefficient_of(DPG, pi, log_p, log_q, log_z),
+        "tb": coefficient_of(TrajectoryBalance(divergence), pi, log_p, log_q, log_z),
         "log_z": log_z,
         "baseline": baseline,
     }
@@ -587,9 +593,7 @@ smooth_names = st.sampled_from([name for name in TEXTBOOK if TEXTBOOK[name][1] <
 def test_a_constant_added_to_phi_changes_z_alone(batch: Batch, constant: float, name: str) -> None:
     before, after = everything(batch, name), everything(batch._replace(phi=batch.phi + constant), name)
     # A completion whose siblings have no evidence has no leave-one-out Z
-    usable = (
-        leave_one_out_log_z(log_weights(batch.log_target, batch.log_proposal), batch.valid).isfinite() & batch.valid
-    )
+    usable = leave_one_out_log_z(batch.log_target - batch.log_proposal, batch.valid).isfinite() & batch.valid
     for quantity, values in before.items():
         expected = values + constant if quantity == "group_log_z" else values
         if quantity == "log_z":
@@ -640,8 +644,8 @@ def test_one_success_at_a_low_temperature_gives_a_finite_importance_coefficient(
     """A binary reward at beta = 0.01, 100 nats: one completion of the group has it, its siblings do not."""
     log_policy = torch.full((1, 4), -10.0)
     log_target = log_policy + torch.tensor([[100.0, 0.0, 0.0, 0.0]])
-    log_z = leave_one_out_log_z(log_weights(log_target, log_policy), everything_valid(log_policy))
-    assert importance_coefficient(log_policy, log_target, log_policy, log_z).isfinite().all()
+    log_z = leave_one_out_log_z(log_target - log_policy, everything_valid(log_policy))
+    assert coefficient_of(DPG, log_policy, log_target, log_policy, log_z).isfinite().all()
 
 
 @for_all(batch=batches(), name=smooth_names)

@@ -17,7 +17,7 @@ from trl_bayes.evaluation import figures
 from trl_bayes.evaluation.evaluate import Evaluation
 from trl_bayes.evaluation.files import merge_reports, read_report
 from trl_bayes.evaluation.page import write_report
-from trl_bayes.evaluation.report import CurvePoint, Number, Report, RunRecord, SampleLine, choose_lines
+from trl_bayes.evaluation.report import CurvePoint, Report, RunRecord, SampleLine, choose_lines
 from trl_bayes.evaluation.tables import format_number
 from trl_bayes.language_models.completions import Completions
 from trl_bayes.statistics.estimate import Estimate
@@ -181,7 +181,7 @@ def test_invalid_samples_are_marked_not_by_color_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, None, 0.0, -0.2, 1e9])
 def test_any_number(tmp_path: Path, value: float | None) -> None:
-    number: Number = value
+    number = Estimate(math.nan if value is None else value)
     made = report(run("a", 0.3), run("b", 0.4))
     for point in made.runs[0].curve:
         point.metrics.update(dict.fromkeys(METRICS, number))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers import textbook
 from trl_bayes.divergences import Divergence, get_divergence
-from trl_bayes.estimators import Estimator
+from trl_bayes.estimators import Estimator, Sequences
 from trl_bayes.groups import Group
 from trl_bayes.partitions import fixed_log_z
 
@@ -131,6 +131,21 @@ def group_gradient(coefficient: Tensor, outcomes: Tensor, log_policy: Tensor = L
 
 def everything_valid(outcomes: Tensor) -> Tensor:
     return torch.ones_like(outcomes, dtype=torch.bool)
+
+
+def coefficient_of(
+    estimator: Estimator,
+    log_policy: Tensor,
+    log_target: Tensor,
+    log_proposal: Tensor,
+    log_z: Tensor,
+    baseline: Tensor | None = None,
+) -> Tensor:
+    """An estimator's factor of `grad log pi`, without a baseline unless one is given."""
+    zeros = torch.zeros_like(log_policy)
+    return estimator.coefficient(
+        Sequences(log_policy, log_target, log_proposal, log_z, zeros if baseline is None else baseline)
+    )
 
 
 def expected_gradient(estimator: Estimator, target: Space, log_q: Tensor, group_size: int = 3) -> Tensor:

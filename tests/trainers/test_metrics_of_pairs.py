@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from trl_bayes.estimators import PairTerms, PreferenceLoss
-from trl_bayes.trainers.pairs import entropy_metric, generation_metrics, loss_metrics
+from trl_bayes.trainers.pairs import generation_metrics, loss_metrics
 
 
 ACCELERATOR = Accelerator(cpu=True)
@@ -48,8 +48,3 @@ def test_of_a_generated_batch() -> None:
     assert found["val/model_contain_eos_token"] == pytest.approx(2 / 4)
     assert found["val/ref_contain_eos_token"] == pytest.approx(3 / 4)
     assert found["pairs/judged_frac"] == pytest.approx(3 / 4)
-
-
-def test_entropy_is_per_token() -> None:
-    entropies, mask = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert entropy_metric(entropies, {"completion_mask": mask}, ACCELERATOR) == {"entropy": pytest.approx(2.0)}

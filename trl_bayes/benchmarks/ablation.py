@@ -15,6 +15,7 @@ from .ablation_tasks import ablation_problems
 from .ablation_training import Ablation, Budget
 from .jobs import in_order
 from .section import Findings, SectionArguments, check_words
+from .tables import markdown_table
 
 
 _PROBLEMS = ablation_problems()
@@ -119,11 +120,11 @@ def _limits(rows: Sequence[Row]) -> str:
     names = {limit_of(row.divergence).name: row.divergence for row in rows}
     problems = list(dict.fromkeys(row.problem for row in rows))
     found = {(row.problem, row.method): row.forward_kl[0] for row in rows}
-    lines = [f"| limit, KL(p‖π) | {' | '.join(problems)} |", f"|---|{'---|' * len(problems)}"]
-    for name, divergence in names.items():
-        cells = [f"{found[problem, name]:.2g}" if (problem, name) in found else "" for problem in problems]
-        lines.append(f"| {divergence} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = [
+        [divergence, *(f"{found[problem, name]:.2g}" if (problem, name) in found else "" for problem in problems)]
+        for name, divergence in names.items()
+    ]
+    return markdown_table(["limit, KL(p‖π)", *problems], cells)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -136,13 +137,13 @@ def table(rows: Sequence[Row]) -> str:
         if row.method in _WITH_MEAN:
             multiples[row.problem, f"{row.method}, {_MEAN}"] = [value / limit for value in row.of_mean_weights]
     problems = list(dict.fromkeys(row.problem for row in rows))
-    lines = [f"| × limit | {' | '.join(problems)} | all |", f"|---|{'---|' * (len(problems) + 1)}"]
+    lines = []
     for method in dict.fromkeys(method for _, method in multiples):
         found = [multiples.get((problem, method), []) for problem in problems]
         medians = [statistics.median(values) for values in found if values]
         cells = [f"{statistics.median(values):.2f} ({max(values):.2f})" if values else "" for values in found]
-        lines.append(f"| {method} | {' | '.join(cells)} | {_geometric_mean(medians):.2f} |")
-    return "\n".join(lines)
+        lines.append([method, *cells, f"{_geometric_mean(medians):.2f}"])
+    return markdown_table(["× limit", *problems, "all"], lines)
 
 
 def _is_limit(row: Row) -> bool:

@@ -21,6 +21,7 @@ from ..targets.transforms import (
 from .exact_training import Trained, train_on
 from .jobs import quiet
 from .section import Findings, SectionArguments
+from .tables import markdown_table
 from .tiny import EnumerableTask
 from .win_rates import WinRates, mean_rates, win_rates
 
@@ -159,11 +160,8 @@ def to_markdown(rows: Sequence[LawRates]) -> str:
 def table(rows: Sequence[LawRates]) -> str:
     """Three lines a law."""
     lines = [
-        f"| Phi(u) | | KL to the prior | win rate | best of {N} | worst of {N} |",
-        "|---|---|---|---|---|---|",
+        [row.law, name, *(f"{value:.3f}" for value in getattr(row, name))]
+        for row in rows
+        for name in ("formula", "posterior", "policy")
     ]
-    for row in rows:
-        for name in ("formula", "posterior", "policy"):
-            cells = " | ".join(f"{value:.3f}" for value in getattr(row, name))
-            lines.append(f"| {row.law} | {name} | {cells} |")
-    return "\n".join(lines)
+    return markdown_table(["Phi(u)", "", "KL to the prior", "win rate", f"best of {N}", f"worst of {N}"], lines)

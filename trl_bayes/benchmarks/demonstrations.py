@@ -15,6 +15,7 @@ from ..statistics.demonstrations import kl_from_expert, temperature_by_rule
 from .jobs import quiet
 from .section import Findings, SectionArguments
 from .table_policies import SUCCESS, Budget, ChainTask, chain_task, clone, draw_demonstrations, regularized_rl, slope
+from .tables import markdown_table
 
 
 _FLOORS: dict[str, dict[str, float]] = {
@@ -93,7 +94,8 @@ def run(args: DemonstrationsArguments, progress: Progress) -> Iterator[Findings]
         for seed in args.seeds:
             rows.append(measure(task, number, seed, args.budget))
             progress.advance(bar)
-        yield Findings(_record(rows, from_prior), to_markdown(rows, from_prior, args), figure=figure(rows, from_prior))
+        record = {"from_prior": from_prior, "rows": [vars(row) for row in rows]}
+        yield Findings(record, to_markdown(rows, from_prior, args), figure=figure(rows, from_prior))
 
 
 def measure(task: ChainTask, number: int, seed: int, budget: Budget) -> Row:
@@ -139,18 +141,6 @@ def _mean(rows: Sequence[Row], number: int, value: Any) -> float:
     return statistics.mean(value(row) for row in rows if row.number == number)
 
 
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _record(rows: Sequence[Row], from_prior: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Strict JSON: what is infinite is `null`."""
-    return {
-        "from_prior": list(from_prior),
-        "rows": [{**vars(row), "kl": _finite(row.kl)} for row in rows],
-    }
-
-
 def to_markdown(rows: Sequence[Row], from_prior: Sequence[dict[str, float]], args: DemonstrationsArguments) -> str:
     """The section's part of the page."""
     text = (
@@ -163,39 +153,31 @@ def to_markdown(rows: Sequence[Row], from_prior: Sequence[dict[str, float]], arg
 
 def _table_of_kl(rows: Sequence[Row]) -> str:
     numbers = _numbers(rows)
-    heads = [f"N = {number:,}" for number in numbers]
-    lines = [
-        f"| KL(expert‖clone), nats; floor | {' | '.join(heads)} | slope | of the last {_LAST} |",
-        f"|---|{'---|' * (len(numbers) + 2)}",
-    ]
+    lines = []
     for name in _FLOORS:
         values = [_mean(rows, number, lambda row, name=name: row.kl[name]) for number in numbers]
         finite = len(values) > 1 and all(map(math.isfinite, values))
         slopes = [slope(numbers, values), slope(numbers[-_LAST:], values[-_LAST:])] if finite else []
-        cells = [*(_cell(value) for value in values), *([f"{each:.2f}" for each in slopes] or ["", ""])]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append([name, *map(_cell, values), *([f"{each:.2f}" for each in slopes] or ["", ""])])
     spread = [
         f"{_mean(rows, number, lambda row: row.kl_held_out):.3f} ± "
         f"{_deviation([row.kl_held_out - row.kl[_USED] for row in rows if row.number == number]):.3f}"
         for number in numbers
     ]
-    lines.append(f"| {_USED}, by N / 5 held out, ± error of one seed | {' | '.join(spread)} | | |")
-    return "\n".join(lines)
+    lines.append([f"{_USED}, by N / 5 held out, ± error of one seed", *spread, "", ""])
+    columns = ["KL(expert‖clone), nats; floor", *map("N = {:,}".format, numbers), "slope", f"of the last {_LAST}"]
+    return markdown_table(columns, lines)
 
 
 def _table_of_rl(rows: Sequence[Row], from_prior: Sequence[dict[str, float]]) -> str:
     numbers = _numbers(rows)
-    lines = [
-        f"| sub-optimality | {' | '.join(f'N = {number:,}' for number in numbers)} | from the prior |",
-        f"|---|{'---|' * (len(numbers) + 1)}",
-        f"| the clone | {' | '.join(f'{_mean(rows, number, lambda row: row.cloned):.3f}' for number in numbers)} | |",
-    ]
+    lines = [["the clone", *(f"{_mean(rows, number, lambda row: row.cloned):.3f}" for number in numbers), ""]]
     for name in rows[0].trained:
         cells = [f"{_mean(rows, number, lambda row, name=name: row.trained[name]):.3f}" for number in numbers]
         without = [found[name] for found in from_prior if name in found]
         last = f"{statistics.mean(without):.3f}" if without else ""
-        lines.append(f"| RL, {name} | {' | '.join(cells)} | {last} |")
-    return "\n".join(lines)
+        lines.append([f"RL, {name}", *cells, last])
+    return markdown_table(["sub-optimality", *map("N = {:,}".format, numbers), "from the prior"], lines)
 
 
 def _deviation(values: Sequence[float]) -> float:

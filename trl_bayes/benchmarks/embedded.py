@@ -39,6 +39,7 @@ from ..targets import Constraint
 from .jobs import in_order, quiet
 from .learning_curve import log_spaced, train_recorded
 from .section import Findings
+from .tables import markdown_table
 from .trainings import SILENT, TrainerSetup, TrainingRun, TrainingsArguments, check_parts, chosen, curves_of
 
 
@@ -231,7 +232,7 @@ def prior_evaluation(posterior: Posterior) -> Evaluation:
 
 
 def to_record(run: EmbeddedRun) -> dict[str, Any]:
-    """A run as strict JSON."""
+    """A run as JSON."""
     return run.to_record("evaluation", Evaluation.to_dict, lambda estimate: {"forward_kl": estimate.to_dict()})
 
 
@@ -247,23 +248,20 @@ def to_markdown(runs: Sequence[EmbeddedRun], prior: Evaluation, how: str) -> str
 
 def table(runs: Sequence[EmbeddedRun], prior: Evaluation) -> str:
     """A row for the prior, and one for each trainer: means over seeds, standard errors, and the seeds' range."""
-    lines = [
-        "| trainer | samples | lines that parse | KL(p‖π) | TV(p, π) | KL(π‖π₀) | seconds |",
-        "|---|---|---|---|---|---|---|",
-        f"| the prior | 0 | {' | '.join(_cell([prior.metrics[name]], name) for name in _METRICS)} | |",
-    ]
+    rows = [["the prior", "0", *(_cell([prior.metrics[name]], name) for name in _METRICS), ""]]
     for method in dict.fromkeys(run.method for run in runs):
         group = [run for run in runs if run.method == method]
         cells = [_cell([run.final.metrics[name] for run in group], name) for name in _METRICS]
         seconds = statistics.mean(run.seconds for run in group)
-        lines.append(f"| {method} | {group[0].samples:,} | {' | '.join(cells)} | {seconds:.1f} |")
-    return "\n".join(lines)
+        rows.append([method, f"{group[0].samples:,}", *cells, f"{seconds:.1f}"])
+    columns = ["trainer", "samples", "lines that parse", "KL(p‖π)", "TV(p, π)", "KL(π‖π₀)", "seconds"]
+    return markdown_table(columns, rows)
 
 
 def _cell(estimates: Sequence[Estimate], metric: str) -> str:
     """The mean over seeds ± the standard error of one seed's estimate, and the seeds' range if there are several."""
     if not all(estimate.trusted for estimate in estimates):
-        return "unsure"
+        return "not reliable"
     values = [estimate.value for estimate in estimates]
     if not all(map(math.isfinite, values)):
         return "∞"

@@ -5,12 +5,13 @@ With a handful of tokens and a short maximum length, every completion can be lis
 trainers and estimators are judged. This module knows no trainer and no target; everything is in nats and float64.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ..language_models.generation import evaluating
 
 
 # How far the sum of a distribution over all completions may be from one: float32 logits give about 1e-7; a completion
@@ -91,18 +92,6 @@ def enumerate_completions(token_ids: Sequence[int], eos_token_id: int, max_lengt
     return Completions(ids=ids, mask=torch.arange(max_length) <= num_letters)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then every module's own mode again (a frozen or partly frozen model has both)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @torch.no_grad()
 def completion_log_probs(
     model: nn.Module,
@@ -140,7 +129,7 @@ def completion_log_probs(
     inputs, input_of = torch.unique(inputs, dim=0, return_inverse=True)  # (U, P+T-1), (N,)
     positions = torch.arange(length, device=device)  # (T,)
     log_probs = torch.zeros(num_completions, dtype=torch.float64, device=device)
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(inputs), batch_size):
             chunk = inputs[start : start + batch_size]  # (B, P+T-1)
             logits = model(input_ids=chunk).logits[:, len(prompt) - 1 :]  # (B, T, V)

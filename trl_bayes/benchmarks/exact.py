@@ -27,6 +27,7 @@ from .jobs import in_order
 from .learning_curve import log_spaced
 from .noise_free import NAME, divergence_of, limit_method, train_without_noise
 from .section import Findings, check_words
+from .tables import markdown_table
 from .trainings import TrainerSetup, TrainingsArguments, check_parts, chosen, curves_of
 
 
@@ -133,23 +134,29 @@ def to_markdown(runs: Sequence[ExactRun], how: str) -> str:
 
 def table(runs: Sequence[ExactRun]) -> str:
     """A row per problem and trainer, with `KL(p||pi)` in nats and in multiples of the noise-free limit."""
-    lines = [
-        "| problem | trainer | samples | KL(p‖π) median | worst | × limit | KL(π‖p) | TV | mass outside | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    groups = _groups(runs)
+    columns = "problem, trainer, samples, KL(p‖π) median, worst, × limit, KL(π‖p), TV, mass outside, seconds"
+    groups, rows = _groups(runs), []
     for (problem, method), group in groups.items():
         forward, reverse, variation, outside = (
             [getattr(run.final, name) for run in group]
             for name in ("forward_kl", "reverse_kl", "total_variation", "mass_outside")
         )
         limit = groups.get((problem, _limit_of(problem, method)), [])
-        lines.append(
-            f"| {problem} | {method} | {group[0].samples:,} | {statistics.median(forward):.4f} | {max(forward):.4f} | "
-            f"{_multiples(forward, limit)} | {_number(statistics.mean(reverse))} | {statistics.mean(variation):.4f} | "
-            f"{statistics.mean(outside):.4f} | {statistics.mean(run.seconds for run in group):.1f} |"
+        rows.append(
+            [
+                problem,
+                method,
+                f"{group[0].samples:,}",
+                f"{statistics.median(forward):.4f}",
+                f"{max(forward):.4f}",
+                _multiples(forward, limit),
+                _number(statistics.mean(reverse)),
+                f"{statistics.mean(variation):.4f}",
+                f"{statistics.mean(outside):.4f}",
+                f"{statistics.mean(run.seconds for run in group):.1f}",
+            ]
         )
-    return "\n".join(lines)
+    return markdown_table(columns.split(", "), rows)
 
 
 def _limit_of(problem: str, method: str) -> str:
@@ -172,17 +179,14 @@ def curve_tables(runs: Sequence[ExactRun]) -> str:
     for name in dict.fromkeys(run.problem for run in runs):
         groups = _groups(run for run in runs if run.problem == name)
         columns = sorted({point.samples for group in groups.values() for run in group for point in run.curve})
-        lines = [
-            f"| {name}: KL(p‖π) after | {' | '.join(f'{samples:,}' for samples in columns)} |",
-            f"|---|{'---|' * len(columns)}",
-        ]
+        rows = []
         for (_, method), group in groups.items():
             found: dict[int, list[float]] = {}
             for point in (point for run in group for point in run.curve):
                 found.setdefault(point.samples, []).append(point.value.forward_kl)
             cells = [f"{statistics.mean(found[samples]):.4f}" if samples in found else "" for samples in columns]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
+            rows.append([method, *cells])
+        tables.append(markdown_table([f"{name}: KL(p‖π) after", *(f"{samples:,}" for samples in columns)], rows))
     return "\n\n".join(tables)
 
 
@@ -204,9 +208,5 @@ def _curves(runs: Sequence[ExactRun]) -> list[TrainingCurves]:
 
 
 def to_record(run: ExactRun) -> dict[str, Any]:
-    """A run as strict JSON: an infinite divergence is `null`."""
-    return run.to_record("fit", _finite, _finite)
-
-
-def _finite(fit: PolicyFit) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in fit._asdict().items()}
+    """A run as JSON."""
+    return run.to_record("fit", PolicyFit._asdict, PolicyFit._asdict)

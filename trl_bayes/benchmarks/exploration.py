@@ -16,6 +16,7 @@ from ..evaluation.figures import REFERENCE
 from .jobs import quiet
 from .paper_figure import curve, finish, panels
 from .section import Findings, SectionArguments
+from .tables import markdown_table
 
 
 BETA = 0.1
@@ -270,11 +271,11 @@ def figure(tasks: Sequence[Task], runs: Sequence[Run]) -> bytes:
 
 def table(runs: Sequence[Run]) -> str:
     """A line for each method."""
-    lines = ["| method | found | solved | π(best) / p(best), mean | TV(p, π), mean |", "|---|---|---|---|---|"]
+    rows = []
     for name in dict.fromkeys(each.method for each in runs):
         own = [each for each in runs if each.method == name]
         found, solved = sum(each.found for each in own), sum(each.best >= 0.5 for each in own)
         best = sum(each.best for each in own) / len(own)
         distance = sum(each.total_variation for each in own) / len(own)
-        lines.append(f"| {name} | {found} / {len(own)} | {solved} / {len(own)} | {best:.3f} | {distance:.3f} |")
-    return "\n".join(lines)
+        rows.append([name, f"{found} / {len(own)}", f"{solved} / {len(own)}", f"{best:.3f}", f"{distance:.3f}"])
+    return markdown_table(["method", "found", "solved", "π(best) / p(best), mean", "TV(p, π), mean"], rows)

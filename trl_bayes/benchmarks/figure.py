@@ -39,16 +39,15 @@ class TrainingCurves:
         object.__setattr__(self, "methods", list(dict.fromkeys(curve.method for curve in self.curves)))
 
 
-def divergence_figure(problems: Sequence[TrainingCurves], label: str = "KL(p‖π), nats") -> bytes:
+def divergence_figure(problems: Sequence[TrainingCurves]) -> bytes:
     """
-    A row for each problem: the divergence against completions on the left, against seconds of training on the right.
+    A row for each problem: KL(p‖π) against completions on the left, against seconds of training on the right.
 
     Lines are means over seeds, bands go from the smallest to the largest. All axes are logarithmic, so what is not
     positive, and the start of training, is left out.
 
     Args:
         problems (`list[TrainingCurves]`): a row for each.
-        label (`str`, *optional*): of the vertical axes.
 
     Returns:
         A PNG file.
@@ -64,7 +63,7 @@ def divergence_figure(problems: Sequence[TrainingCurves], label: str = "KL(p‖�
                     _draw_method(axes, problem, method, against, methods.index(method))
                 _finish(axes, problem, against)
             left.set_title(problem.title, fontsize=11, loc="left", fontweight="bold")
-            left.set_ylabel(label)
+            left.set_ylabel("KL(p‖π), nats")
         found = {
             text: line for axes in rows.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
         }

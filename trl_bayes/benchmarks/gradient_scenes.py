@@ -137,17 +137,17 @@ def _loaded(task: EnumerableTask) -> PreTrainedModel:
 _LETTERS = string.ascii_letters[:50]
 
 
-def far_away(length: int, seed: int = 0, distances: Sequence[float] = DISTANCES) -> Iterator[Scene]:
+def far_away(length: int) -> Iterator[Scene]:
     """
     Policies away from a random model of 50 tokens, in a random direction; and one that is its own posterior.
 
     The log-potential is a sum of random weights of the tokens, of standard deviation 1 over a long completion.
     """
     with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(folder, letters=_LETTERS, seed=seed)
+        build_tiny_model(folder, letters=_LETTERS)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         prior = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder)).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     worth = torch.randn(len(tokenizer), generator=generator, dtype=torch.float64) / math.sqrt(length)
 
     def log_potential(completions: list[list[int]]) -> Tensor:
@@ -156,7 +156,7 @@ def far_away(length: int, seed: int = 0, distances: Sequence[float] = DISTANCES)
     settings = SamplingSettings(length, stop_ids=(tokenizer.eos_token_id,))
     prompts = [tokenizer(text="a b")["input_ids"]]
     direction = [torch.randn(weight.shape, generator=generator) for weight in prior.parameters()]
-    for distance in distances:
+    for distance in DISTANCES:
         model = deepcopy(prior)
         with torch.no_grad():
             for weight, towards in zip(model.parameters(), direction, strict=True):

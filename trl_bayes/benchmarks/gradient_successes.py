@@ -11,8 +11,9 @@ from ..divergences import get_divergence
 from ..estimators import Estimator, ImportanceWeights, ScoreFunction
 from ..groups import Group, pooled_log_z
 from ..partitions import FromPriorSamples, LeaveOneOut, LogZ, fixed_log_z
-from ..prior import PriorScores
+from ..prior import PriorScores, log_z_from_prior
 from ..targets import Tilt
+from .tables import markdown_table
 
 
 RATES = (0.01, 0.05, 0.1, 0.2)
@@ -20,6 +21,8 @@ RATES = (0.01, 0.05, 0.1, 0.2)
 
 PHI = 10.0
 """Of a success: a reward of 1 at `beta = 0.1`."""
+
+_GROUP_SIZE = 16
 
 
 class SquaredError(NamedTuple):
@@ -47,7 +50,7 @@ def known(group: Group, log_z: float) -> LogZ:
     return fixed_log_z(torch.full((len(group.phi),), log_z, dtype=torch.float64), group)
 
 
-def squared_error(estimator: Estimator, rate: float, rule: _Rule, group_size: int = 16) -> SquaredError:
+def squared_error(estimator: Estimator, rate: float, rule: _Rule, group_size: int = _GROUP_SIZE) -> SquaredError:
     """
     Exactly, on-policy at the prior, over all numbers of successes in a group.
 
@@ -61,20 +64,20 @@ def squared_error(estimator: Estimator, rate: float, rule: _Rule, group_size: in
 
 
 def squared_error_by_samples(
-    estimator: Estimator, rate: float, is_bounded: bool = True, number: int = 100, group_size: int = 16
+    estimator: Estimator, rate: float, is_bounded: bool = True, number: int = 100
 ) -> SquaredError:
     """
     The same where `Z` comes from samples of the prior, over all numbers of successes among these too.
 
     Args:
-        estimator ([`~trl_bayes.estimators.Estimator`]), rate (`float`), group_size (`int`): as of [`squared_error`].
+        estimator ([`~trl_bayes.estimators.Estimator`]), rate (`float`): as of [`squared_error`].
         is_bounded (`bool`, *optional*, defaults to `True`): whether `Z` is that of
             [`~trl_bayes.partitions.FromPriorSamples`], or only the samples' mean.
         number (`int`, *optional*, defaults to `100`): samples of the prior.
     """
     chance = _binomial(number, rate)
     likely = [(each, k) for k, each in enumerate(chance) if each > 1e-12]
-    return _error(estimator, rate, [(each, _by_samples(k, number, is_bounded)) for each, k in likely], group_size)
+    return _error(estimator, rate, [(each, _by_samples(k, number, is_bounded)) for each, k in likely], _GROUP_SIZE)
 
 
 def _by_samples(successes: int, number: int, is_bounded: bool) -> _Rule:
@@ -83,7 +86,7 @@ def _by_samples(successes: int, number: int, is_bounded: bool) -> _Rule:
     target.bind(["success"], None)
     partition = FromPriorSamples()
     partition.learn(scores, target)
-    samples_z = scores.estimate_log_z(target).log_z
+    samples_z = log_z_from_prior(scores.log_potential(target))
 
     def rule(group: Group, log_z: float) -> LogZ:
         groups = len(group.phi)
@@ -131,10 +134,7 @@ def table() -> str:
         "DPG": ImportanceWeights(get_divergence("forward_kl")),
         "Jensen-Shannon": ScoreFunction(get_divergence("jensen_shannon")),
     }
-    lines = [
-        f"| estimator | Z | {' | '.join(f'success rate {rate:g}' for rate in RATES)} |",
-        f"|---|---|{'---|' * len(RATES)}",
-    ]
+    lines = []
     for name, estimator in estimators.items():
         best = [squared_error(estimator, rate, known) for rate in RATES]
         errors = {rule: [squared_error(estimator, rate, log_z) for rate in RATES] for rule, log_z in RULES.items()}
@@ -147,5 +147,5 @@ def table() -> str:
         for rule, found in errors.items():
             pairs = zip(found, best, strict=True)
             cells = [f"{each.of() / least.of():.3g} ({each.of(16) / least.of(16):.3g})" for each, least in pairs]
-            lines.append(f"| {name} | {rule} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([name, rule, *cells])
+    return markdown_table(["estimator", "Z", *(f"success rate {rate:g}" for rate in RATES)], lines)

@@ -19,6 +19,7 @@ from .gradient_moments import Moments, gradient_moments
 from .gradient_scenes import Scene, far_away, path
 from .jobs import in_order
 from .section import Findings, SectionArguments, check_words
+from .tables import markdown_table
 
 
 _PROBLEMS = problems()
@@ -75,12 +76,10 @@ class Row(NamedTuple):
     """Over that of the sequence-level reverse KL at the same policy."""
 
     def to_record(self) -> dict[str, Any]:
-        """As strict JSON: what is not known is `null`."""
+        """As JSON, without a level of its own for the moments."""
         flat = {**self._asdict(), **self.moments._asdict()}
         del flat["moments"]
-        return {
-            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in flat.items()
-        }
+        return flat
 
 
 def run(args: GradientsArguments, progress: Progress) -> Iterator[Findings]:
@@ -169,25 +168,27 @@ def to_markdown(rows: Sequence[Row], args: GradientsArguments) -> str:
         "and `variance` are of the whole gradient, in the same units. `relative` is the variance over that of the "
         "sequence-level reverse KL at the same policy."
     )
-    lines = [
-        r"| task | policy | KL(π‖π₀) | estimator | \|g\|² | bias² | variance | relative |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["task", "policy", "KL(π‖π₀)", "estimator", r"\|g\|²", "bias²", "variance", "relative"]
+    lines = []
     for row in rows:
         moments = row.moments
         cells = [
+            row.task,
+            row.policy,
+            f"{row.kl_prior:.2g}",
+            row.estimator,
             _scientific(row.squared_gradient),
             _with_error(moments.squared_bias, moments.squared_bias_error),
             _with_error(moments.variance, moments.variance_error),
             "" if math.isnan(row.relative_variance) else f"{row.relative_variance:.3g}",
         ]
-        lines.append(f"| {row.task} | {row.policy} | {row.kl_prior:.2g} | {row.estimator} | {' | '.join(cells)} |")
+        lines.append(cells)
     successes = (
         "Rewards of 0 and 1 at `beta=0.1`, at the prior and at a prompt's first visit: squared error of the gradient "
         "from a group of 16 over that with the true Z, exactly; in brackets that of the mean of 16 groups of one "
         "prompt, in which bias counts 16 times as much. KL-RL needs no Z."
     )
-    return "\n\n".join(["## Gradients", text, "\n".join(lines), successes, gradient_successes.table()])
+    return "\n\n".join(["## Gradients", text, markdown_table(columns, lines), successes, gradient_successes.table()])
 
 
 def _scientific(value: float) -> str:

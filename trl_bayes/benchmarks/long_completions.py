@@ -15,6 +15,7 @@ from ..language_models.settings import at_least
 from ..partitions import LeaveOneOut
 from .chains import Chain
 from .section import Findings, SectionArguments
+from .tables import markdown_table
 
 
 _SAMPLES = 4096  # for ESS and the spread of weights at the prior
@@ -154,22 +155,25 @@ def run(args: LongCompletionsArguments, progress: Progress) -> Iterator[Findings
 def to_markdown(args: LongCompletionsArguments, record: dict[str, dict[str, object]]) -> str:
     """Two tables: weights at the prior, and where trainings ended."""
     names = list(losses())
-    weights = ["| target | ESS | ESS in a group | spread of log w |", "|---|---|---|---|"]
-    ends = [f"| KL(π‖p) of | the best | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
-    ratios = [f"| spread of log π/q | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    weights, ends, ratios = [], [], []
     for key, found in record.items():
         prior: dict[str, float] = found["prior"]  # type: ignore[assignment]
         runs: dict[str, list[dict[str, float]]] = found["trained"]  # type: ignore[assignment]
         best: tuple[float, float] = found["best"]  # type: ignore[assignment]
-        weights.append(f"| {key} | {prior['ess']:.4f} | {prior['ess_of_group']:.3f} | {prior['spread']:.2f} |")
-        ends.append(f"| {key} | {best[0]:.2f} | {' | '.join(_median(runs[name], 'reverse_kl') for name in names)} |")
-        ratios.append(f"| {key} | {' | '.join(_median(runs[name], 'ratio_spread') for name in names)} |")
+        weights.append([key, f"{prior['ess']:.4f}", f"{prior['ess_of_group']:.3f}", f"{prior['spread']:.2f}"])
+        ends.append([key, f"{best[0]:.2f}", *(_median(runs[name], "reverse_kl") for name in names)])
+        ratios.append([key, *(_median(runs[name], "ratio_spread") for name in names)])
     text = (
         f"A chain of {args.vocabulary} tokens; {args.steps} updates of {args.prompts} groups of "
         f"{args.num_generations}, Adam at {args.learning_rate:g}, {len(args.seeds)} seeds (medians). Nats of a whole "
         f"completion; q is the policy {_EARLIER} updates before."
     )
-    return "\n\n".join(["## Long completions", text, *("\n".join(each) for each in (weights, ends, ratios))])
+    tables = [
+        markdown_table(["target", "ESS", "ESS in a group", "spread of log w"], weights),
+        markdown_table(["KL(π‖p) of", "the best", *names], ends),
+        markdown_table(["spread of log π/q", *names], ratios),
+    ]
+    return "\n\n".join(["## Long completions", text, *tables])
 
 
 def _median(runs: list[dict[str, float]], key: str) -> str:

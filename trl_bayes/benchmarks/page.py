@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..statistics.strict_json import strict_json
 from .figure import divergence_figure
 from .section import Findings, SectionArguments
 
@@ -45,21 +46,26 @@ class Page:
             "seconds": self.seconds,
             **{section: found.record for section, found in self.findings.items()},
         }
-        text = json.dumps(record, indent=1, allow_nan=False)
+        text = json.dumps(strict_json(record), indent=1, allow_nan=False)
         (self.folder / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
         (self.folder / f"{self.name}.md").write_text(self.to_markdown(figure), encoding="utf-8")
 
     def finish(self) -> list[str]:
-        """Draws the figure, if there are curves, writes all and returns the names of the files."""
-        curves = [each for found in self.findings.values() for each in found.curves]
-        drawn = [found.figure for found in self.findings.values() if found.figure is not None]
-        if curves:
-            drawn.insert(0, divergence_figure(curves))
-        figure = f"{self.name}.png" if drawn else None
-        if figure:
-            (self.folder / figure).write_bytes(drawn[0])
+        """Draws the figure, if there is one, writes all and returns the names of the files."""
+        written = [f"{self.name}.json", f"{self.name}.md"]
+        if (png := self._figure()) is None:
+            self.write()
+            return written
+        figure = f"{self.name}.png"
+        (self.folder / figure).write_bytes(png)
         self.write(figure)
-        return [f"{self.name}.json", f"{self.name}.md", *([figure] if figure else [])]
+        return [*written, figure]
+
+    def _figure(self) -> bytes | None:
+        """That of all curves, or else a section's own: one that draws has its page for itself."""
+        if curves := [each for found in self.findings.values() for each in found.curves]:
+            return divergence_figure(curves)
+        return next((found.figure for found in self.findings.values() if found.figure is not None), None)
 
     def to_markdown(self, figure: str | None = None) -> str:
         """What the sections found, under a line about the machine."""

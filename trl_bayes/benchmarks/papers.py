@@ -1,7 +1,6 @@
 """Figures of the papers behind the package, on tasks where numbers are exact, from the scripts in recipes/papers."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 
 from rich.progress import Progress
 
+from ..statistics.strict_json import strict_json
 from .jobs import quiet
 from .paper import Setting, Shown, load, scripts
 from .section import Findings, SectionArguments, check_words
@@ -72,19 +72,8 @@ def run(args: PapersArguments, progress: Progress) -> Iterator[Findings]:
 def write(folder: Path, shown: Shown, seeds: list[int], seconds: float) -> dict[str, Any]:
     """The files of one figure; returns what `table.json` holds."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"seeds": seeds, "seconds": seconds, **strict(shown.record)}
+    record = {"seeds": seeds, "seconds": seconds, **strict_json(shown.record, digits=6)}
     (folder / FIGURE).write_bytes(shown.figure)
     (folder / TABLE).write_text(shown.markdown + "\n", encoding="utf-8")
     (folder / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return record
-
-
-def strict(value: Any) -> Any:
-    """As strict JSON with six digits: what is not finite is `null`."""
-    if isinstance(value, dict):
-        return {str(key): strict(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(entry) for entry in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value

@@ -33,6 +33,7 @@ from ..targets import Tilt
 from .fitted import fitted
 from .jobs import quiet
 from .section import Findings, SectionArguments
+from .tables import markdown_table
 from .tiny import EnumerableTask, build_tiny_model, letter_count_task
 
 
@@ -295,8 +296,7 @@ def to_markdown(found: Sequence[Measured]) -> str:
 
 def table(found: Sequence[Measured]) -> str:
     """A row for each setting."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(cells(each))} |" for each in found)])
+    return markdown_table(COLUMNS, [cells(each) for each in found])
 
 
 def cells(row: Measured) -> list[str]:

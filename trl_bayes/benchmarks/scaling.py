@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from ..language_models.settings import at_least
 from .section import Findings
+from .tables import markdown_table
 from .timing import Clock, ProcessorClock, SizeArguments, StepSize, build_model, measured_trainers, ratio_cells, train
 from .trainings import TrainerSetup, check_parts, chosen
 
@@ -112,13 +113,11 @@ def to_markdown(steps: dict[str, list[Step]], num_processes: int, device: str) -
 
 def table(steps: dict[str, list[Step]]) -> str:
     """Median over rounds, and the ratio to GRPOTrainer in the same round as median (min to max)."""
-    lines = [
-        "| trainer | step, s | ratio to GRPOTrainer | processor time, s | ratio to GRPOTrainer |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, rounds in steps.items():
         cells = [name]
         for ours, theirs in zip(zip(*rounds, strict=True), zip(*steps[_YARDSTICK], strict=True), strict=True):
             cells += ratio_cells(ours, theirs, digits=3)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    ratio = "ratio to GRPOTrainer"
+    return markdown_table(["trainer", "step, s", ratio, "processor time, s", ratio], rows)

@@ -21,7 +21,7 @@ class Findings(NamedTuple):
     """What a section has measured so far."""
 
     record: Any
-    """Strict JSON, with everything."""
+    """Everything; in the JSON file what is not finite is `null`."""
     markdown: str
     """A heading of the second level, and tables."""
     curves: Sequence[TrainingCurves] = ()

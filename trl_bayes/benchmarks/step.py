@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from ..language_models.settings import at_least
 from .section import DeviceArguments, Findings
+from .tables import markdown_table
 from .timing import Clock, ProcessorClock, SizeArguments, StepSize, build_model, measured_trainers, ratio_cells, train
 from .trainings import check_parts, chosen
 
@@ -157,17 +158,14 @@ def to_markdown(found: Measurements, size: StepSize, processor_time: bool = Fals
 
 def table(found: Measurements, seconds: str = "step_seconds") -> str:
     """Median over rounds, and the ratio to RLOOTrainer in the same round as median (min to max)."""
-    lines = [
-        "| trainer | step, s | ratio to RLOOTrainer | peak, MiB | ratio to RLOOTrainer |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, rounds in found.items():
         cells = [name]
         for key, digits in ((seconds, 3), ("peak_mib", 0)):
             ours, theirs = ([one[key] for one in group] for group in (rounds, found[YARDSTICK]))
             cells += ratio_cells(ours, theirs, digits)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(["trainer", "step, s", "ratio to RLOOTrainer", "peak, MiB", "ratio to RLOOTrainer"], rows)
 
 
 if __name__ == "__main__":  # by `measure_apart`

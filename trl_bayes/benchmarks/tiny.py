@@ -54,7 +54,6 @@ def build_tiny_model(
     letters: str = "abcdef",
     seed: int = 0,
     hidden_size: int = 32,
-    intermediate_size: int = 80,
     num_layers: int = 2,
     num_heads: int = 4,
     logit_std: float = 1.0,
@@ -70,7 +69,7 @@ def build_tiny_model(
         folder: where to save; made if it is not there.
         letters: the alphabet, one character a token. EOS is added; the vocabulary is exactly these.
         seed: of the weights.
-        hidden_size, intermediate_size, num_layers, num_heads: of the Llama; the default has 24,160 parameters.
+        hidden_size, num_layers, num_heads: of the Llama; the default has 24,160 parameters.
         logit_std: standard deviation of the prior's logits, in nats; 0 is the uniform prior.
 
     Returns:
@@ -85,7 +84,7 @@ def build_tiny_model(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        intermediate_size=80,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,

@@ -59,7 +59,7 @@ class TrainingRun(Generic[V, F]):
     def to_record(
         self, final_name: str, final_record: Callable[[F], Any], point_record: Callable[[V], dict[str, Any]]
     ) -> dict[str, Any]:
-        """As strict JSON, if that is what the two functions give; the end is put under `final_name`."""
+        """As JSON, if that is what the two functions give; the end is put under `final_name`."""
         about = {name: getattr(self, name) for name in ("problem", "method", "seed", "samples", "seconds")}
         points = [{"samples": at.samples, "seconds": at.seconds, **point_record(at.value)} for at in self.curve]
         return {**about, final_name: final_record(self.final), "curve": points}

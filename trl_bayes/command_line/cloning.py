@@ -15,13 +15,14 @@ from ..language_models.completions import Completions
 from ..language_models.samples import sample
 from ..language_models.scoring import log_probs
 from ..language_models.settings import SamplingSettings
+from ..prior.writing import write_whole
+from ..rewards.whole_models import whole_models
 from ..statistics.demonstrations import kl_from_expert
 from ..statistics.estimate import Estimate
-from .arguments import Arguments
 from .demonstration_data import check_tokens, cut, load_demonstrations, split_held_out
 from .demonstration_recipe import CloneArguments, DemonstrationRecipe
 from .models import find_config, find_tokenizer, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, StageError, is_first, on_its_own, wait_for_all
+from .stages import Stage, StageError, is_first, wait_for_all
 
 
 FLOOR = "prior_demonstrations.jsonl"
@@ -102,7 +103,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-@on_its_own()
+@whole_models()
 def draw_floor(file: Path, args: CloneArguments, model: ModelConfig, training: Any, rows: Dataset) -> None:
     """
     Completions of the prior that are cloned like demonstrations: a floor under what the clone may exclude.
@@ -112,8 +113,7 @@ def draw_floor(file: Path, args: CloneArguments, model: ModelConfig, training: A
     M stays when N grows.
     """
     name = model_path(str(model.model_name_or_path))
-    arguments = Arguments(cast(Any, None), training, model, cast(Any, None))
-    prior = load_model(name, arguments, None, revision=model.model_revision)
+    prior = load_model(name, model, training, revision=model.model_revision)
     tokenizer = load_tokenizer(name, loading_arguments(model, training))
     prompts = rows.shuffle(seed=training.seed)["prompt"]  # as often as among the demonstrations
     repeated = [prompts[place % len(prompts)] for place in range(args.prior_demonstrations)]
@@ -123,9 +123,8 @@ def draw_floor(file: Path, args: CloneArguments, model: ModelConfig, training: A
 
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes JSON lines; a kill leaves the whole file or none."""
-    new = file.with_suffix(".new")
-    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    new.replace(file)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load_jsonl(file: Path) -> Dataset:
@@ -165,13 +164,12 @@ def _tokens(prepared: Dataset) -> list[tuple[list[int], list[int]]]:
     return pairs
 
 
-@on_its_own()
+@whole_models()
 def measure(
     folder: Path, model: ModelConfig, training: Any, tokens: Sequence[tuple[list[int], list[int]]]
 ) -> Estimate:
     """The cross-entropy of the clone on held-out demonstrations, in nats a completion."""
-    arguments = Arguments(cast(Any, None), training, model, cast(Any, None))
-    clone = load_model(str(folder), arguments, None, quantized=False)
+    clone = load_model(str(folder), model, training, quantized=False)
     completions = Completions(
         prompts=[""] * len(tokens),
         prompt_ids=[prompt for prompt, _ in tokens],

@@ -6,13 +6,13 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
-from trl import get_dataset
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..assets import EMBEDDED, embedded_path, own_or_shipped
 from ..language_models.prompts import check_prompt
 from ..rewards.calling import check_columns
 from ..spelling import did_you_mean
-from .arguments import Arguments, TrainingScriptArguments
+from .arguments import TrainingScriptArguments
 from .models import first_sentence
 from .prompts import PromptError, with_prompts
 
@@ -22,14 +22,13 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4")
 _PROMPTS = "prompts.jsonl"  # beside an embedded model
 
 
-def load_data(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
+def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     """
     The data sets by split: an id, a local file or folder, the prompts of an embedded model, or a mixture.
 
     Raises:
         ValueError: none is named, or it cannot be loaded; one sentence.
     """
-    script, mixture = arguments.script, arguments.mixture
     name = script.dataset_name
     if mixture.datasets:
         name = ", ".join(part.path for part in mixture.datasets)
@@ -48,7 +47,7 @@ def load_data(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
         raise ValueError(f"The data set {name!r} cannot be loaded ({first_sentence(cause)}).") from None
 
 
-def _load_named(script: TrainingScriptArguments) -> Any:
+def _load_named(script: ScriptArguments) -> Any:
     name = os.path.expanduser(embedded_path(str(script.dataset_name), _PROMPTS))
     file_format = _file_format(name)
     settings = {"name": script.dataset_config, "streaming": script.dataset_streaming}

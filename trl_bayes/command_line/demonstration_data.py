@@ -7,12 +7,11 @@ from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import DatasetMixtureConfig, apply_chat_template
+from trl import DatasetMixtureConfig, ScriptArguments, apply_chat_template
 
 from ..language_models.generation import tokenize_prompt
 from ..language_models.prompts import check_prompt
 from ..spelling import did_you_mean
-from .arguments import Arguments
 from .data import load_data
 from .demonstration_recipe import CloneArguments, PreferenceArguments
 
@@ -28,8 +27,8 @@ def load_rows(args: Any) -> Dataset:
     Raises:
         ValueError: it cannot be loaded, or has no such split, no rows, or a column that no stage reads; one sentence.
     """
-    arguments = Arguments(cast(Any, _Named(args)), cast(Any, None), cast(Any, None), DatasetMixtureConfig())
-    found = load_data(arguments)
+    named = ScriptArguments(dataset_name=args.dataset_name, dataset_config=args.dataset_config)
+    found = load_data(named, DatasetMixtureConfig())
     name, split = args.dataset_name, args.dataset_train_split
     if split not in found:
         raise ValueError(f"{name!r} has no split {split!r}{did_you_mean(split, found)}: it has {list(found)}.")
@@ -42,15 +41,6 @@ def load_rows(args: Any) -> Dataset:
             "leave it out, or train each stage by a script of your own."
         )
     return rows
-
-
-class _Named:
-    """What [`load_data`] reads of a script's arguments."""
-
-    dataset_streaming = False
-
-    def __init__(self, args: Any):
-        self.dataset_name, self.dataset_config = args.dataset_name, args.dataset_config
 
 
 def _is_answer(completion: Any) -> bool:

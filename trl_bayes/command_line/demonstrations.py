@@ -96,7 +96,7 @@ def _check_rl(recipe: DemonstrationRecipe, prompts: Sequence[Any]) -> tuple[str,
     if arguments.script.dataset_name is None and not arguments.mixture.datasets:
         splits_of(DatasetDict(train=Dataset.from_list([{"prompt": each} for each in prompts])), arguments, rewards)
         return "", functions
-    rows, _ = splits_of(load_data(arguments), arguments, rewards)
+    rows, _ = splits_of(load_data(arguments.script, arguments.mixture), arguments, rewards)
     return fingerprint(rows if isinstance(rows, Dataset) else [arguments.script.dataset_name]), functions
 
 

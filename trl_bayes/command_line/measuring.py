@@ -143,7 +143,7 @@ class Measuring:
     def _sample(self, name: str, path: str, posterior: Posterior) -> Sampled:
         """As many samples of a policy as its distances need, and its log-probability at those of the posterior."""
         study, args, settings = self.job.study, self.job.args, posterior.prior.settings
-        policy = load_model(path, self.job.arguments, args.device)
+        policy = load_model(path, self.job.arguments.model, self.job.arguments.training, args.device)
         log_policy = self._kept_log_probs(policy, path)
         # Not the prior's seed, or a policy that is still the prior gives the prior's samples, which log Z has seen
         seed = args.seed + 1 if settings.seed != args.seed + 1 else args.seed + 2

@@ -19,7 +19,6 @@ from ..assets import embedded_path
 from ..language_models.adapters import base_of_adapter
 from ..language_models.generation import refuse_encoder_decoder
 from ..trainers.posterior_config import PosteriorConfig
-from .arguments import Arguments
 from .extras import require_extra
 
 
@@ -135,14 +134,21 @@ def load_trainable_adapter(name: str, arguments: dict[str, Any], quantization_co
 
 
 def load_model(
-    name: str, arguments: Arguments, device: str | None, *, revision: str | None = None, quantized: bool = True
+    name: str,
+    model: ModelConfig,
+    training: PosteriorConfig,
+    device: str | None = None,
+    *,
+    revision: str | None = None,
+    quantized: bool = True,
 ) -> PreTrainedModel:
     """
     A model to sample from, in eval mode on the device; of an adapter, its base model with it.
 
     Args:
         name (`str`): id or folder.
-        arguments ([`Arguments`]): of the run; its model is loaded as training loads it, but for the device.
+        model ([`~trl.ModelConfig`]), training ([`~trl_bayes.trainers.posterior_config.PosteriorConfig`]):
+            Of the run: this model is loaded as training loads its own, but for the device.
         device (`str`, *optional*): as [`choose_device`] has it.
         revision (`str`, *optional*): of this model. Defaults to its newest.
         quantized (`bool`, *optional*, defaults to `True`): whether quantization is meant for this model too.
@@ -150,17 +156,17 @@ def load_model(
     Raises:
         ValueError: the device cannot be used, or this kind of model; one sentence.
     """
-    settings = {**loading_arguments(arguments.model, arguments.training), "revision": revision or "main"}
-    quantization_config = get_quantization_config(arguments.model) if quantized else None
-    where = choose_device(device, arguments.training)
+    settings = {**loading_arguments(model, training), "revision": revision or "main"}
+    quantization_config = get_quantization_config(model) if quantized else None
+    where = choose_device(device, training)
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
         settings.setdefault("device_map", {"": where})  # weights that are quantized cannot be moved
     settings.setdefault("device_map", None)
     architecture: Any = None if base_of_adapter(name, settings["revision"]) is None else AutoModelForCausalLM
-    model: Any = create_model_from_path(name, architecture, **settings)
-    refuse_encoder_decoder(model)
-    return (model.to(where) if settings["device_map"] is None else model).eval()
+    loaded: Any = create_model_from_path(name, architecture, **settings)
+    refuse_encoder_decoder(loaded)
+    return (loaded.to(where) if settings["device_map"] is None else loaded).eval()
 
 
 def choose_device(device: str | None, training: PosteriorConfig) -> torch.device:

@@ -13,13 +13,13 @@ from ..language_models.samples import sample, score
 from ..language_models.settings import SamplingSettings
 from ..rewards import build_rewards
 from ..rewards.calling import without_infinite
+from ..rewards.whole_models import whole_models
 from ..targets.base import weighted_sum
-from .arguments import Arguments
 from .cloning import load_jsonl, release_memory, write_rows
 from .demonstration_data import load_preferences, tokenized
 from .demonstration_recipe import DemonstrationRecipe, PreferenceArguments
 from .models import find_config, find_tokenizer, load_model, load_tokenizer, loading_arguments, model_path
-from .stages import Stage, StageError, is_first, on_its_own, wait_for_all
+from .stages import Stage, StageError, is_first, wait_for_all
 
 
 PREFERENCES = "preferences.jsonl"
@@ -113,13 +113,12 @@ def train_reward(
     return {"pairs": len(preferences), "accuracy": accuracies[-1] if accuracies else None}
 
 
-@on_its_own()
+@whole_models()
 def draw_preferences(
     file: Path, args: PreferenceArguments, model: ModelConfig, training: Any, clone: Path, prompts: list[Any]
 ) -> None:
     """Pairs of the clone's completions, the better one first; two that are worth the same make none."""
-    arguments = Arguments(cast(Any, None), training, model, cast(Any, None))
-    policy = load_model(str(clone), arguments, None, quantized=False)
+    policy = load_model(str(clone), model, training, quantized=False)
     tokenizer = load_tokenizer(str(clone), {})
     repeated = [prompts[place % len(prompts)] for place in range(args.num_pairs)]
     drawn = sample(policy, tokenizer, repeated, 2, SamplingSettings(args.max_completion_length, seed=training.seed))

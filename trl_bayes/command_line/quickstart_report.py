@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,13 +110,13 @@ def _measure(
         advance()
         return outcome
 
-    curve = [_point(0, 0, evaluate_prior(reference.of_checkpoints, diversity=False).metrics)]
+    curve = [CurvePoint(0, 0, evaluate_prior(reference.of_checkpoints, diversity=False).metrics)]
     for step, checkpoint in checkpoints:
         evaluation, _ = measured(checkpoint, reference.of_checkpoints, args.checkpoint_samples, False)
-        curve.append(_point(step, step * run.settings["per_device_train_batch_size"], evaluation.metrics))
+        curve.append(CurvePoint(step, step * run.settings["per_device_train_batch_size"], evaluation.metrics))
     evaluation, completions = measured(folder / run.name, reference.exact, args.policy_samples, True)
     if checkpoints:  # the last one is the model itself, now measured better
-        curve[-1] = _point(curve[-1].step, curve[-1].samples, evaluation.metrics)
+        curve[-1] = CurvePoint(curve[-1].step, curve[-1].samples, evaluation.metrics)
     return _record(run, args, folder, evaluation, completions, curve)
 
 
@@ -127,10 +127,6 @@ def _load(path: str | Path) -> PreTrainedModel:
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Steps and folders of a run's checkpoints, in order."""
     return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in folder.glob("checkpoint-*"))
-
-
-def _point(step: int, samples: int, metrics: Mapping[str, Estimate]) -> CurvePoint:
-    return CurvePoint(step, samples, dict(metrics))
 
 
 def _valid(completions: Completions) -> torch.Tensor:
@@ -236,5 +232,5 @@ def _cell(estimate: Estimate | None, percent: bool) -> str:
     if estimate is None:
         return "–"
     if not estimate.trusted:
-        return "unsure"
+        return "not reliable"
     return f"{estimate.value:.1%}" if percent else f"{estimate.value:.3g}"

@@ -170,7 +170,7 @@ def prepare(args: SampleArguments, arguments: Arguments) -> Job:
         study.target,
         method,
         study.settings,
-        **{role: load_model(path, arguments, args.device) for role, path in others.items()},
+        **{role: load_model(path, arguments.model, arguments.training, args.device) for role, path in others.items()},
         reward_weights=study.reward_weights,
         num_prior_samples=args.num_prior_samples,
         prior_samples_dir=study.prior_samples_dir,

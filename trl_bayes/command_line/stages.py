@@ -4,15 +4,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.integrations import deepspeed as hf_deepspeed
 
+from ..prior.writing import write_whole
 from ..trainers.checkpoints import last_whole_checkpoint
 
 
@@ -134,9 +133,8 @@ class Stage:
         self._write({"identity": self.identity, "finished": True, "figures": dict(figures)})
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        new = self.folder / f"{RECORD}.new"
-        new.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        new.replace(self.folder / RECORD)  # a kill leaves the old one or the new one
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        write_whole(self.folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -166,19 +164,6 @@ def fingerprint(parts: Iterable[Any]) -> str:
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def on_its_own() -> Iterator[None]:
-    """
-    In which one process loads a model and generates by it, also under ZeRO-3: there transformers would share its
-    weights among all processes, and wait for them at every token.
-    """
-    config, hf_deepspeed._hf_deepspeed_config_weak_ref = hf_deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def wait_for_all() -> None:

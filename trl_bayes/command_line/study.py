@@ -84,12 +84,11 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
     settings = {**loading_arguments(arguments.model, training), "revision": revision}
     tokenizer = load_tokenizer(name, settings)
     is_policys = training.prior_model_name_or_path is None
-    prior = load_model(name, arguments, args.device, revision=revision, quantized=is_policys)
+    prior = load_model(name, arguments.model, training, args.device, revision=revision, quantized=is_policys)
     rewards = load_reward_models(rewards, arguments, choose_device(args.device, training))
     if penalty is not None:
         penalty.eos_token_ids = find_stop_ids(prior, tokenizer)
         rewards = [*rewards, penalty]
-    named = training.prior_model_name_or_path or str(arguments.model.model_name_or_path)
     drawn = _sampling_settings(args, training)
     check_prompts(
         [row["prompt"] for row in rows],
@@ -99,19 +98,19 @@ def load_study(args: StudyArguments, arguments: Arguments) -> Study:
         chat_template_kwargs=drawn.chat_template_kwargs,
     )
     return Study(
-        named,
-        prior,
-        tokenizer,
-        rewards,
-        names,
-        target,
-        weights,
-        rows,
-        num_rows,
-        drawn,
-        name,
-        training.prior_samples_dir,
-        training.seed,
+        named=training.prior_model_name_or_path or str(arguments.model.model_name_or_path),
+        prior=prior,
+        tokenizer=tokenizer,
+        rewards=rewards,
+        reward_names=names,
+        target=target,
+        reward_weights=weights,
+        rows=rows,
+        num_rows=num_rows,
+        settings=drawn,
+        prior_path=name,
+        prior_samples_dir=training.prior_samples_dir,
+        training_seed=training.seed,
     )
 
 
@@ -163,7 +162,7 @@ def _weights(weights: list[float] | None, number: int) -> torch.Tensor | None:
 def _rows(args: StudyArguments, arguments: Arguments) -> tuple[list[dict[str, Any]], int | None]:
     if args.dataset_streaming and args.max_prompts is None:
         raise ValueError("A data set that is streamed may have no end: set `max_prompts`.")
-    split = select_split(load_data(arguments), args.dataset_train_split, args)
+    split = select_split(load_data(arguments.script, arguments.mixture), args.dataset_train_split, args)
     rows = list(islice(split, args.max_prompts))
     if not rows:
         raise ValueError(f"The data's split {args.dataset_train_split!r} has no rows.")

@@ -143,7 +143,7 @@ def make_trainer(trainer_class: type[PosteriorTrainer], arguments: Arguments) ->
     _check_models(model_path(model.model_name_or_path), settings, training)
     check_reward_models(rewards, arguments)
     check_trackers(training)
-    train_dataset, eval_dataset = splits_of(load_data(arguments), arguments, rewards)
+    train_dataset, eval_dataset = splits_of(load_data(script, arguments.mixture), arguments, rewards)
     if training.prior_samples_dir is not None:
         training.prior_samples_dir = os.path.expanduser(training.prior_samples_dir)
     training.model_init_kwargs = settings
@@ -191,10 +191,10 @@ def _policy(name: str, arguments: Arguments, rewards: Sequence[Any]) -> dict[str
         return {"model": name, "quantization_config": quantization_config}
     if training.prior_model_name_or_path is None and not any(isinstance(reward, str) for reward in rewards):
         training.model_init_kwargs = None  # TRL would warn that they are ignored, and there is no model left to load
-    on_one_device = training.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED")  # as TRL has it
+    is_replicated = training.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED")  # as TRL has it
     return {
         "model": load_trainable_adapter(
-            name, settings | ({"device_map": None} if on_one_device else {}), quantization_config
+            name, settings | ({"device_map": None} if is_replicated else {}), quantization_config
         ),
         "processing_class": load_tokenizer(name, settings),
     }

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NoReturn, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from .. import benchmarks
 from ..command_line.discovery import modules_with
+from ..command_line.refusals import one_sentence
 from ..spelling import did_you_mean
 from .env import environment
 
@@ -39,18 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not names and {"-h", "--help"} & set(argv):
         print(help_text())
         return
-    try:
+    with one_sentence(_PROGRAM, (ValueError,)):
         arguments = parse(names or _DEFAULT, argv[len(names) :])
         pages = pages_of(arguments)
-    except ValueError as error:
-        refuse(error)
     run(arguments, pages)
-
-
-def refuse(error: ValueError) -> NoReturn:
-    """One sentence on stderr and exit code 2."""
-    print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

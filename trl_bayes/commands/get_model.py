@@ -1,10 +1,10 @@
 """Make the folder of a small model that a Python package ships: no model hub is needed."""
 
 import argparse
-import sys
 
 from transformers.utils import logging
 
+from ..command_line.refusals import one_sentence
 from ..language_models.packaged import PACKAGED_MODELS, make_folder
 
 
@@ -27,11 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     model = PACKAGED_MODELS[arguments.name]
     logging.disable_progress_bar()
-    try:
+    with one_sentence(_PROGRAM, (ValueError,)):
         folder = make_folder(model, arguments.output_dir or f"models/{arguments.name}")
-    except ValueError as error:
-        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"{model.hub_id} ({model.license}), as {model.package} {model.version} ships it: {folder}")
 
 

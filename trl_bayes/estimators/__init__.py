@@ -2,11 +2,11 @@
 
 from .base import Estimator, Sequences, Terms
 from .baselines import leave_one_out_baseline, leave_one_out_mean
-from .importance_weights import ImportanceWeights, importance_coefficient
+from .importance_weights import ImportanceWeights
 from .policy_gradient import PolicyGradient, PureRL
 from .preference import LOSS_TYPES, PairTerms, Preference, PreferenceLoss, bradley_terry, larger_wins
-from .score_function import ScoreFunction, score_function_coefficient
-from .trajectory_balance import TrajectoryBalance, trajectory_balance_coefficient, vargrad_log_z
+from .score_function import ScoreFunction
+from .trajectory_balance import TrajectoryBalance, vargrad_log_z
 
 
 __all__ = [
@@ -23,11 +23,8 @@ __all__ = [
     "Terms",
     "TrajectoryBalance",
     "bradley_terry",
-    "importance_coefficient",
     "larger_wins",
     "leave_one_out_baseline",
     "leave_one_out_mean",
-    "score_function_coefficient",
-    "trajectory_balance_coefficient",
     "vargrad_log_z",
 ]

@@ -1,6 +1,5 @@
 """What an estimator is: from a group of completions to the terms of the loss, and from these to the loss."""
 
-from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -58,12 +57,13 @@ class Terms(NamedTuple):
         return Sequences(log_policy, self.log_target, self.log_proposal, self.log_z, self.baseline)
 
 
-class Estimator(ABC):
+class Estimator:
     """
     An estimator of the gradient of a divergence `D_f(pi||p)` from completions of any recorded proposal `q`.
 
-    Each completion contributes `c_i grad log pi(y_i)`. A subclass says what `c_i` is
-    ([`~Estimator.coefficient`]) and, where it needs one, the baseline. A trainer asks for the loss's terms of a group
+    Each completion contributes `c_i grad log pi(y_i)`. A subclass says what a completion is worth
+    ([`~Estimator.pseudo_reward`]) and, where it needs one, the baseline, or what `c_i` is
+    ([`~Estimator.coefficient`]). A trainer asks for the loss's terms of a group
     ([`~Estimator.terms`]) and then, for any part of them, for the loss ([`~Estimator.loss`]). Nothing here gathers,
     logs or knows a model; functions of [`Sequences`] work elementwise on any shape, those of a
     [`~trl_bayes.groups.Group`] on `(P, G)`.
@@ -86,9 +86,13 @@ class Estimator(ABC):
         """What is minimized, in words."""
         return f"the divergence `{self.divergence.name}`"
 
-    @abstractmethod
     def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        """The factor `c_i` of `grad log pi(y_i)` in the gradient of the loss; no gradient flows through it."""
+        """
+        The factor `c_i` of `grad log pi(y_i)` in the gradient of the loss; no gradient flows through it.
+
+        Minus the centered pseudo-reward times `pi/q`, unless a subclass says otherwise.
+        """
+        return -sequences.importance_ratio * (self.pseudo_reward(sequences) - sequences.baseline)
 
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
         """What a completion is worth, before the baseline: `-f'(t)` unless a subclass says otherwise."""

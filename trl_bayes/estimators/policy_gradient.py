@@ -21,9 +21,6 @@ class PolicyGradient(Estimator):
     def pseudo_reward(self, sequences: Sequences) -> torch.Tensor:
         return sequences.log_target - sequences.log_policy
 
-    def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        return -sequences.importance_ratio * (self.pseudo_reward(sequences) - sequences.baseline)
-
     def baseline(self, group: Group, log_z: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros_like(log_z)
         alone = Sequences(group.log_policy, group.log_target, group.log_proposal, log_z=log_z, baseline=zeros)

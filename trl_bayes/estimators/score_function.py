@@ -2,9 +2,8 @@
 
 import torch
 
-from ..divergences import Divergence
-from ..groups import Group, finite_exp
-from .base import Estimator, Sequences
+from ..groups import Group
+from .base import Estimator
 from .baselines import leave_one_out_baseline
 
 
@@ -19,38 +18,9 @@ class ScoreFunction(Estimator):
     Minimization](https://huggingface.co/papers/2302.08215).
     """
 
-    def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        return score_function_coefficient(*sequences, self.divergence)
-
     def baseline(self, group: Group, log_z: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
         siblings = usable & group.of_policy  # whose mean is the same for a completion of the policy and of the prior
         return leave_one_out_baseline(group.log_policy - group.log_target, log_z, siblings, self.divergence)
 
     def reused_baseline(self, log_z: torch.Tensor) -> torch.Tensor:
         return torch.full_like(log_z, -self.divergence.slope_at_one)
-
-
-def score_function_coefficient(
-    log_policy: torch.Tensor,
-    log_target: torch.Tensor,
-    log_proposal: torch.Tensor,
-    log_z: torch.Tensor,
-    baseline: torch.Tensor,
-    divergence: Divergence,
-) -> torch.Tensor:
-    """
-    f-DPG: the factor of `grad log pi(y)` in `grad D_f(pi||p) = E_q[(pi/q) (f'(t) + b) grad log pi]`, `t = pi/p`.
-
-    `b` is a baseline of the pseudo-reward `-f'(t)`, so the factor is minus the centered pseudo-reward times the
-    importance ratio. See [Aligning Language Models with Preferences through f-divergence
-    Minimization](https://huggingface.co/papers/2302.08215).
-
-    Args:
-        log_policy, log_target, log_proposal, log_z, baseline (`torch.Tensor`): same shape, in nats.
-        divergence ([`~trl_bayes.divergences.Divergence`]): `f`.
-
-    Returns:
-        `torch.Tensor`: same shape.
-    """
-    slope = divergence.slope(log_policy - log_target + log_z)
-    return finite_exp(log_policy - log_proposal) * (slope + baseline)

@@ -36,31 +36,10 @@ class TrajectoryBalance(Estimator):
         return -self.coefficient(sequences)
 
     def coefficient(self, sequences: Sequences) -> torch.Tensor:
-        return trajectory_balance_coefficient(
-            sequences.log_policy, sequences.log_target, sequences.log_z, self.divergence
-        )
+        return self.divergence.loss_slope(sequences.log_density_ratio)
 
     def value(self, sequences: Sequences) -> torch.Tensor:
         return self.divergence.loss(sequences.log_density_ratio)
-
-
-def trajectory_balance_coefficient(
-    log_policy: torch.Tensor, log_target: torch.Tensor, log_z: torch.Tensor, divergence: Divergence
-) -> torch.Tensor:
-    """
-    f-TB: the derivative of the loss `L_f(log pi - log P + log Z)` in `log pi`, which is `f'(t) - f'(1)`.
-
-    No importance ratio: with any `q` that covers the posterior's support the minimum stays at `pi = p`. See
-    https://huggingface.co/papers/2605.15417.
-
-    Args:
-        log_policy, log_target, log_z (`torch.Tensor`): same shape, in nats.
-        divergence ([`~trl_bayes.divergences.Divergence`]): `f`.
-
-    Returns:
-        `torch.Tensor`: same shape.
-    """
-    return divergence.loss_slope(log_policy - log_target + log_z)
 
 
 def vargrad_log_z(log_ratio: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

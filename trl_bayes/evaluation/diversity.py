@@ -152,8 +152,8 @@ def jackknife_standard_error(
     return math.sqrt((num_groups - 1) / num_groups * sum((value - mean) ** 2 for value in values))
 
 
-def diversity_estimates(completions: Completions, max_order: int = 3) -> dict[str, Estimate]:
-    """Distinct-1 to distinct-`max_order`, self-BLEU and the share of distinct completions, of all samples together.
+def diversity_estimates(completions: Completions) -> dict[str, Estimate]:
+    """Distinct-1 to distinct-3, self-BLEU and the share of distinct completions, of all samples together.
 
     A sequence is a completion's tokens, without prompt and EOS. Compare only sets with the same number of samples of
     each prompt. Standard errors are the jackknife's.
@@ -166,9 +166,8 @@ def diversity_estimates(completions: Completions, max_order: int = 3) -> dict[st
         return Estimate(value, jackknife_standard_error(items, measure))
 
     tokens = completions.tokens()
-    orders = range(1, max_order + 1)
     return {
-        **{f"distinct_{n}": estimate(tokens, lambda items, n=n: distinct_n(items, n)) for n in orders},
+        **{f"distinct_{n}": estimate(tokens, lambda items, n=n: distinct_n(items, n)) for n in (1, 2, 3)},
         "self_bleu": estimate(tokens, self_bleu),
         "share_distinct": estimate(completions.outcomes(), share_distinct),
     }

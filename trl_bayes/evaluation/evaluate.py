@@ -211,7 +211,7 @@ def _evaluation(
     )
 
 
-def evaluate_prior(posterior: Posterior, *, name: str = "prior", diversity: bool = True) -> Evaluation:
+def evaluate_prior(posterior: Posterior, *, diversity: bool = True) -> Evaluation:
     """The prior itself as a policy, from the samples of the reference.
 
     Its samples gave log Z too, so only what does not need both to be independent is reported: not `reverse_kl`.
@@ -226,10 +226,10 @@ def evaluate_prior(posterior: Posterior, *, name: str = "prior", diversity: bool
     }
     if posterior.target.hard:
         metrics["mass_outside"] = mass_outside(completions.phi, completions.prompt_index, posterior.prior.num_prompts)
-    return _evaluation(name, metrics, posterior, completions, diversity, note)
+    return _evaluation("prior", metrics, posterior, completions, diversity, note)
 
 
-def evaluate_posterior(posterior: Posterior, *, name: str = "posterior", diversity: bool = True) -> Evaluation:
+def evaluate_posterior(posterior: Posterior, *, diversity: bool = True) -> Evaluation:
     """The exact posterior's own row, from its exact samples.
 
         H(p) = -E_p[log pi_0 + phi] + log Z,      KL(p||pi_0) = E_p[phi] - log Z
@@ -246,7 +246,7 @@ def evaluate_posterior(posterior: Posterior, *, name: str = "posterior", diversi
     }
     if posterior.target.hard:
         metrics.update(reverse_kl_inside=itself, mass_outside=itself)
-    evaluation = _evaluation(name, metrics, posterior, posterior.exact, diversity)
+    evaluation = _evaluation("posterior", metrics, posterior, posterior.exact, diversity)
     if evaluation.num_diversity_samples < posterior.diversity_per_prompt.sum():
         few = "the posterior has too few samples to compare its diversity"
         for key in evaluation.metrics.keys() - metrics.keys():

@@ -14,7 +14,7 @@ from typing import Any
 from ..language_models.completions import Completions
 from ..statistics.estimate import Estimate
 from .evaluate import Evaluation
-from .report import CurvePoint, Report, RunRecord, as_estimate
+from .report import CurvePoint, Report, RunRecord
 
 
 EVALUATION = "evaluation.json"
@@ -112,7 +112,7 @@ def _training_log(path: Path, state: Mapping[str, Any]) -> Report:
     ]
     if not curve:
         raise ValueError("nothing of ours is in this log")
-    last = Evaluation(name, {key: as_estimate(value) for key, value in curve[-1].metrics.items()}, note=note)
+    last = Evaluation(name, curve[-1].metrics, note=note)
     run = RunRecord(name, name, "", last, curve, settings={"steps": state["global_step"]})
     run.seconds = end.get("train_runtime")
     return Report(

@@ -9,15 +9,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..statistics.estimate import Estimate
+from ..statistics.strict_json import strict_json
 from .figures import Panel, Series, has_close_up, learning_curves_figure, tradeoff_figure
 from .files import REPORT, write_json
-from .report import Report, RunRecord, as_estimate, strict_json
+from .report import Report, RunRecord
 from .tables import DIVERSITY_COLUMNS, distance_columns, reward_columns, tabulate
 
 
 def _series(run: RunRecord) -> Series:
     points = sorted(run.curve, key=lambda point: point.samples)
-    metrics = [{name: as_estimate(value) for name, value in point.metrics.items()} for point in points]
+    metrics = [point.metrics for point in points]
     last = run.evaluation.metrics if run.evaluation is not None else {}
     return Series(run.label, [point.samples for point in points], metrics, last)
 

@@ -1,5 +1,6 @@
 """pass@k: the probability that at least one of k completions of a prompt is right."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,21 +41,14 @@ def pass_at_k(num_correct: Tensor, num_samples: Tensor, k: int) -> tuple[Tensor,
             continue
         rows = num_samples == n
         counts = torch.arange(n + 1, dtype=torch.float64)  # (n + 1,) every c
-        values = -torch.expm1(_log_choose(n - counts, k) - _log_choose(torch.tensor(float(n)), k))
+        none_right = [math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)]
+        values = 1 - torch.tensor(none_right, dtype=torch.float64)
         value[rows] = values[num_correct[rows].long()]
         share = ((num_correct[rows] + 2) / (n + 4)).double().unsqueeze(1)  # (R, 1)
         law = torch.distributions.Binomial(n, share, validate_args=False).log_prob(counts).exp()  # (R, n + 1)
         mean = (law * values).sum(dim=1, keepdim=True)
         variance[rows] = (law * (values - mean) ** 2).sum(dim=1)
     return value, variance
-
-
-def _log_choose(n: Tensor, k: int) -> Tensor:
-    """log C(n, k); -inf where n < k."""
-    n = n.double()
-    chosen = n.clamp(min=k)
-    value = torch.lgamma(chosen + 1) - torch.lgamma(chosen - k + 1) - torch.lgamma(torch.tensor(k + 1.0).double())
-    return value.masked_fill(n < k, -torch.inf)
 
 
 def pass_at_k_estimates(

@@ -4,7 +4,6 @@ A [`Report`] is written as JSON and read again ([`trl_bayes.evaluation.files`]),
 ([`trl_bayes.evaluation.page`]), or shown as tables ([`trl_bayes.evaluation.tables`]).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,10 +12,8 @@ from torch import Tensor
 
 from ..language_models.completions import Completions, Prompt
 from ..statistics.estimate import Estimate
+from ..statistics.strict_json import strict_json
 from .evaluate import Evaluation
-
-
-Number = Estimate | float | None
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class CurvePoint:
 
     step: int
     samples: int
-    metrics: dict[str, Number]
+    metrics: dict[str, Estimate]
 
 
 @dataclass
@@ -124,19 +121,12 @@ class Report:
         return cls(**{**record, **references, "runs": runs, "parts": parts})
 
 
-def as_estimate(value: Number) -> Estimate:
-    """A number with what is not known about it."""
-    if isinstance(value, Estimate):
-        return value
-    return Estimate(math.nan, trusted=False, note="not measured") if value is None else Estimate(float(value))
-
-
 def _run_to_dict(run: RunRecord) -> dict[str, Any]:
     return {
         **vars(run),
         "evaluation": None if run.evaluation is None else run.evaluation.to_dict(),
         "curve": [
-            {**vars(point), "metrics": {name: as_estimate(value).to_dict() for name, value in point.metrics.items()}}
+            {**vars(point), "metrics": {name: value.to_dict() for name, value in point.metrics.items()}}
             for point in run.curve
         ],
         "samples": [asdict(line) for line in run.samples],
@@ -160,17 +150,6 @@ def _run_from_dict(record: Mapping[str, Any]) -> RunRecord:
             "samples": [SampleLine(**line) for line in record.get("samples", [])],
         }
     )
-
-
-def strict_json(value: Any) -> Any:
-    """JSON without NaN and infinity, which settings may hold too; what JSON does not know becomes text."""
-    if isinstance(value, Mapping):
-        return {str(key): strict_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
 def choose_lines(completions: Completions, valid: Tensor | None = None, number: int = 20) -> list[SampleLine]:

@@ -59,19 +59,6 @@ def in_batches(model: PreTrainedModel, rows: Sequence[list[int]], padding: int) 
     return list(places.values())
 
 
-def generate_padded(model: PreTrainedModel, rows: Sequence[list[int]], config: GenerationConfig) -> tuple[Tensor, Any]:
-    """
-    Rows continued with no other settings than the given ones.
-
-    Returns:
-        `tuple[torch.Tensor, Any]`: the padded rows (B, L), and what `generate` returns for them.
-    """
-    device = next(model.parameters()).device
-    padding: Any = config.pad_token_id
-    ids, mask = (t.to(device) for t in pad_rows(rows, padding, left=True))
-    return ids, generate_plainly(model, ids, mask, config)
-
-
 def generate_plainly(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, **further: Any
 ) -> Any:
@@ -91,11 +78,16 @@ def short_rows(shortest: list[int], longest: list[int]) -> list[list[int]]:
     return [short, longest[: len(short) + _MOST_CHECKED] if len(longest) > len(shortest) else short]
 
 
+def row_and_longer(row: list[int]) -> list[list[int]]:
+    """[`short_rows`] of a row and a longer one of its own tokens."""
+    return short_rows(row, row * (1 + _MOST_CHECKED))
+
+
 @torch.no_grad()
 def _find_batching(model: PreTrainedModel, row: list[int], padding: int) -> Batching:
     """What a model allows, found once by continuing a short row beside a longer one, beside its like, and alone."""
     if model not in _FOUND:
-        row, longer = short_rows(row, row * (1 + _MOST_CHECKED))
+        row, longer = row_and_longer(row)
         allowed = tolerance(model)
         checks: dict[Batching, list[list[int]]] = {"together": [row, longer], "by_length": [row, row], "alone": [row]}
         for batching, rows in checks.items():
@@ -135,15 +127,28 @@ def largest_difference(
         return_dict_in_generate=True,
         **(settings or {}),
     )
-    ids, generated = generate_padded(model, rows, config)
+    device = next(model.parameters()).device
+    ids, mask = (each.to(device) for each in pad_rows(rows, padding, left=True))
+    generated = generate_plainly(model, ids, mask, config)
     if getattr(generated, "logits", None) is None:
         return 0.0
-    laws = torch.stack(generated.logits).float().softmax(dim=2)  # (3, B, V)
-    differences = []
-    for i, row in enumerate(rows):
-        whole = torch.cat([ids[i, -len(row) :], generated.sequences[i, ids.size(1) : -1]])  # (L + 2,)
-        forward = law_of_forward_pass(model, whole, _NUM_GENERATED)
-        differences.append((laws[:, i] - forward).abs().sum(dim=1) / 2)
+    return distance_from_forward(model, generated, [len(row) + _NUM_GENERATED for row in rows])
+
+
+def distance_from_forward(model: PreTrainedModel, generated: Any, lengths: Sequence[int]) -> float:
+    """
+    Total variation between generation's law of a token and a plain forward pass, the largest one; NaN if there is any.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): in evaluation mode.
+        generated (`Any`): what `generate` has returned, with `logits` and `sequences`, (B, L).
+        lengths (`list[int]`): tokens of each sequence, the new ones included and the padding in front not.
+    """
+    laws = torch.stack(generated.logits).float().softmax(dim=2)  # (N, B, V)
+    differences = [
+        (laws[:, i] - law_of_forward_pass(model, generated.sequences[i, -length:-1], len(laws))).abs().sum(dim=1) / 2
+        for i, length in enumerate(lengths)
+    ]
     return torch.cat(differences).max().item()
 
 

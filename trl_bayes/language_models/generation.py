@@ -128,8 +128,8 @@ def _cut_at_stop(row: list[int], stop_ids: list[int]) -> list[int]:
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, then every module's own mode again."""
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, then every module's own mode again: a frozen or partly frozen model has both."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

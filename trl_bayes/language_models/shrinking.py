@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .batching import generate_plainly, law_of_forward_pass, pad_rows, tolerance
+from .batching import distance_from_forward, generate_plainly, pad_rows, row_and_longer, tolerance
 
 
 _FEWEST = 8  # rows of a batch that is worth the trouble
@@ -92,13 +92,13 @@ def _goes_on_from_a_cache(model: PreTrainedModel, rows: Sequence[list[int]], pad
     if model not in _TRIED:
         own: Any = model.generate
         takes_all = any(each.kind == each.VAR_KEYWORD for each in inspect.signature(own).parameters.values())
-        _TRIED[model] = takes_all and _try(model, min(rows, key=len)[:8], padding)
+        _TRIED[model] = takes_all and _try(model, min(rows, key=len), padding)
     return _TRIED[model]
 
 
 def _try(model: PreTrainedModel, row: list[int], padding: int) -> bool:
     device = next(model.parameters()).device
-    longer = (row * 9)[: len(row) + 8]
+    row, longer = row_and_longer(row)
     ids, mask = (each.to(device) for each in pad_rows([row, longer, row], padding, left=True))
     config = GenerationConfig(max_new_tokens=2, pad_token_id=padding, return_dict_in_generate=True)
     generated = generate_plainly(model, ids, mask, config)
@@ -110,9 +110,5 @@ def _try(model: PreTrainedModel, row: list[int], padding: int) -> bool:
     config = GenerationConfig(max_new_tokens=2, pad_token_id=padding, return_dict_in_generate=True, output_logits=True)
     mask = torch.cat([mask[chosen], mask.new_ones(2, 2)], dim=1)
     continued = generate_plainly(model, generated.sequences[chosen], mask, config, past_key_values=cache)
-    laws = torch.stack(continued.logits).float().softmax(dim=2)  # (2, B, V)
-    differences = [
-        (laws[:, i] - law_of_forward_pass(model, continued.sequences[i, -(length + 4) : -1], 2)).abs().sum(dim=1) / 2
-        for i, length in enumerate((len(row), len(longer)))
-    ]
-    return torch.cat(differences).max().item() <= tolerance(model)
+    # Two tokens were generated before, and two are now
+    return distance_from_forward(model, continued, [len(row) + 4, len(longer) + 4]) <= tolerance(model)

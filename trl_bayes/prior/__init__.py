@@ -5,7 +5,7 @@ from .context import Context, LogPotential
 from .drawing import PriorKeeper
 from .identity import DrawIdentity, prompt_key, row_key
 from .samples import Draw, PriorSamples, Work
-from .scores import LogZEstimate, PriorScores, PromptTable, log_z_from_prior
+from .scores import PriorScores, PromptTable, log_z_from_prior
 from .store import KeptCompletions, PriorSamplesError
 
 
@@ -15,7 +15,6 @@ __all__ = [
     "DrawIdentity",
     "KeptCompletions",
     "LogPotential",
-    "LogZEstimate",
     "PriorKeeper",
     "PriorSamples",
     "PriorSamplesError",

@@ -64,8 +64,8 @@ class PriorSamples:
             `(R,)`. Defaults to that of the prompt.
         rewards (`Sequence[str | None]`): fingerprint of each of the `K` reward functions; `None` for one that cannot
             be recognized, which scores all samples in each run.
-        num_samples (`int`, *optional*, defaults to `100`): completions for each row, at least 2.
-        chunk_size (`int`, *optional*, defaults to `256`): completions that a process draws at a time.
+        num_samples (`int`): completions for each row, at least 2.
+        chunk_size (`int`): completions that a process draws at a time.
 
     Raises:
         ValueError: arguments out of range.
@@ -80,8 +80,8 @@ class PriorSamples:
         row_keys: torch.Tensor | None = None,
         *,
         rewards: Sequence[str | None],
-        num_samples: int = 100,
-        chunk_size: int = 256,
+        num_samples: int,
+        chunk_size: int,
     ):
         if num_samples < 2:
             raise ValueError(f"`num_samples={num_samples}` is too few to learn from: set it to 2 or more.")
@@ -182,39 +182,39 @@ class PriorSamples:
         missing = (places < 0).nonzero().squeeze(1)
         _, known = self._rewards(index, places)
         unscored = ((places >= 0) & ~known).nonzero().squeeze(1)
+        shown = work.progress and work.process_index == 0
         work.wait_for_everyone()  # before anybody adds to the folder: all must agree on what is missing
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
-            for mine, of_all in self._rounds(missing, work.what, work):
+            # A process without a chunk of its own repeats the last one, and throws it away
+            for of_all in self._rounds(missing, work.what, work, shown=shown):
+                mine = of_all[min(work.process_index, len(of_all) - 1)]
                 drawn = self._draw(draw, rows, mine, work)
-                if of_all[work.process_index] is not None:
+                if work.process_index < len(of_all):
                     self._save(mine, drawn, work)
-                self._remember(of_all, drawn.rewards)
-            for mine, of_all in self._rounds(unscored, f"scoring {work.what}", work):
+                self._remember(of_all, drawn.rewards, work)
+            for of_all in self._rounds(unscored, f"scoring {work.what}", work, shown=shown and len(unscored) > 0):
+                mine = of_all[min(work.process_index, len(of_all) - 1)]
                 whole = self._whole_chunk(mine, work)
                 kept = self._store.completions(index, places[whole])
                 rewards = self._checked(score(self._rows_of(rows, whole), kept), whole, work)
-                if of_all[work.process_index] is not None:
+                if work.process_index < len(of_all):
                     self._save_rewards(mine, index.completion_key[places[mine]], rewards, work)
-                self._remember(of_all, rewards)
+                self._remember(of_all, rewards, work)
         work.wait_for_everyone()
         if work.process_index == 0:
             self._store.remove_unfinished()
 
     def _rounds(
-        self, samples: torch.Tensor, name: str, work: Work
-    ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor | None]]]:
-        """This process's chunk of each round, and those of all processes, `None` where one has nothing left to do."""
+        self, samples: torch.Tensor, name: str, work: Work, *, shown: bool
+    ) -> Iterator[Sequence[torch.Tensor]]:
+        """The chunks of each round, one for each process that has something left to do."""
         chunks = samples.split(self.chunk_size) if len(samples) else ()
-        nothing_to_say = not chunks and name != work.what
-        shown = work.progress and work.process_index == 0 and not nothing_to_say
         with progress_bar(name, len(self), done=len(self) - len(samples), shown=shown) as bar:
             for start in range(0, len(chunks), work.num_processes):
-                of_all: list[torch.Tensor | None] = [*chunks[start : start + work.num_processes]]
-                of_all += [None] * (work.num_processes - len(of_all))
-                mine = of_all[work.process_index]
-                yield chunks[min(start + work.num_processes, len(chunks)) - 1] if mine is None else mine, of_all
-                bar.update(sum(len(each) for each in of_all if each is not None))
+                of_all = chunks[start : start + work.num_processes]
+                yield of_all
+                bar.update(sum(map(len, of_all)))
 
     def _whole_chunk(self, samples: torch.Tensor, work: Work) -> torch.Tensor:
         """With several processes as many samples as all others have: the last one is repeated."""
@@ -266,12 +266,11 @@ class PriorSamples:
         numbers = self._numbers[samples]
         self._store.add_rewards(fingerprints, row_keys, numbers, completion_keys, own[:, self._recognized])
 
-    def _remember(self, of_all: Sequence[torch.Tensor | None], rewards: torch.Tensor) -> None:
+    def _remember(self, of_all: Sequence[torch.Tensor], rewards: torch.Tensor, work: Work) -> None:
         """Keeps the rewards of functions that cannot be recognized, on every process."""
-        for samples, own in zip(of_all, rewards.unflatten(0, (len(of_all), -1)), strict=True):
-            if samples is not None:
-                self._scored_now[samples] = own[: len(samples), self._unrecognized].double()
-                self._is_scored_now[samples] = True
+        for samples, own in zip(of_all, rewards.unflatten(0, (work.num_processes, -1)), strict=False):
+            self._scored_now[samples] = own[: len(samples), self._unrecognized].double()
+            self._is_scored_now[samples] = True
 
     # ---------------------------------------------------------------------------------------------------------------
     # Using

@@ -1,32 +1,13 @@
 """Scored samples of the prior as tensors: what targets learn from, and what they say about the marginal likelihood."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from ..groups import effective_sample_size, pooled_log_z
+from ..groups import pooled_log_z
 from ..rewards.calling import without_infinite
-from ..statistics.log_z import log_z_variance
 from .context import Context, LogPotential
-
-
-class LogZEstimate(NamedTuple):
-    """The marginal likelihood of each prompt, estimated from samples of the prior; all of shape `(P,)`."""
-
-    log_z: torch.Tensor
-    """`log Z`, in nats; `-inf` where all samples have `phi = -inf`, `NaN` where none was scored."""
-    standard_error: torch.Tensor
-    """Of `log Z`, in nats; infinite where fewer than two samples were scored or all have `phi = -inf`."""
-    ess: torch.Tensor
-    """Effective sample size of the prior samples as samples of the posterior, as a fraction: 1 where `phi` is flat."""
-
-    def mean(self) -> tuple[float, float]:
-        """`log Z` averaged over the prompts where it is finite, and its standard error, in nats."""
-        known = self.log_z.isfinite()
-        error = self.standard_error[known].square().sum().sqrt() / known.sum()
-        return self.log_z[known].mean().item(), error.item()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +79,6 @@ class PriorScores:
         # Prompt by prompt: a target may compare each completion with all samples of its prompt
         return torch.stack([target(rewards, self.context(i)) for i, rewards in enumerate(self.rewards)])
 
-    def estimate_log_z(self, target: LogPotential) -> LogZEstimate:
-        """The marginal likelihood of each prompt under a target that is bound and, if it learns, fitted."""
-        return log_z_from_prior(self.log_potential(target))
-
     def under(self, phi: torch.Tensor, scored: torch.Tensor) -> "PriorScores":
         """The same samples weighted by `exp(phi)` besides; `phi` and whom it scores, both `(P, N)`."""
         return replace(
@@ -111,43 +88,21 @@ class PriorScores:
         )
 
 
-def log_z_from_prior(phi: torch.Tensor) -> LogZEstimate:
+def log_z_from_prior(phi: torch.Tensor) -> torch.Tensor:
     """
-    The marginal likelihood from samples of the prior: `log Z = log mean_i exp(phi_i)`, with its standard error.
+    The marginal likelihood from samples of the prior: `log Z = log mean_i exp(phi_i)`.
 
-    `Z` is estimated without bias. By the delta method `SE(log Z) = SE(Z) / Z`, of which the second factor is the usual
-    standard error of a mean, times `sqrt(1 + skewness(Z))` with the skewness `gamma / sqrt(N)` of a mean of weights of
-    skewness `gamma`. For weights skewed to the right, an estimate that is too low has too small a standard error as
-    well, `cov(mean, s^2) = mu_3 / N`; what is returned is the one that holds where `Z` is underestimated by one
-    standard error, and is a little too large where it is not.
-
-    Trust it where it is small against 1, i.e. where `ess * N` is large. With `ess * N = 200` and `gamma = 13` about
-    0.7 % of estimates lie more than 3 standard errors off (1.1 % without the skewness, 0.3 % of a normal
-    distribution), all of them too low: what has not been seen is not known.
+    `Z` is estimated without bias. [`~trl_bayes.statistics.log_z.log_z_per_prompt`] has the error as well.
 
     Args:
         phi (`torch.Tensor`): log-potential `(P, N)` of samples of the prior, in nats; `NaN` leaves a sample out.
 
     Returns:
-        [`LogZEstimate`]
+        `torch.Tensor`: `log Z` of each prompt, `(P,)` in nats; `-inf` where all samples have `phi = -inf`, `NaN` where
+        none was scored.
     """
-    phi = phi.double()
     valid = ~phi.isnan()
-    count = valid.sum(dim=1)  # (P,)
-    log_weights = phi.masked_fill(~valid, -math.inf)
-    log_z = torch.where(count > 0, pooled_log_z(phi, valid), torch.nan)
-    known = (count > 1) & (log_z > -math.inf)
-    shares = (log_weights - log_weights.logsumexp(dim=1, keepdim=True)).exp()
-    standard_error = (log_z_variance(phi, valid) * (1 + _skewness_of_mean(shares, valid))).sqrt()
-    return LogZEstimate(log_z, torch.where(known, standard_error, math.inf), effective_sample_size(phi, valid))
-
-
-def _skewness_of_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Skewness of the mean of each row's valid values, `(P,)` from `(P, N)`; at least 0, and below 1."""
-    count = valid.sum(dim=1, keepdim=True)
-    deviation = (values - values.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True) / count).masked_fill(~valid, 0.0)
-    skewness = deviation.pow(3).sum(dim=1) / deviation.square().sum(dim=1).pow(1.5)
-    return skewness.nan_to_num(nan=0.0).clamp(min=0.0)  # none where all are equal
+    return torch.where(valid.any(dim=1), pooled_log_z(phi.double(), valid), torch.nan)
 
 
 class PromptTable(NamedTuple):

@@ -4,15 +4,15 @@ They know nothing of targets and trainers. What needs a package of its own (json
 when it is made.
 """
 
-from trl_bayes.rewards.build import build_reward, build_rewards
-from trl_bayes.rewards.classifier import classified_as
-from trl_bayes.rewards.contains import contains_word, more_of
-from trl_bayes.rewards.json_schema import valid_json
-from trl_bayes.rewards.length import length_between, length_in
-from trl_bayes.rewards.lexicon import vader_sentiment
-from trl_bayes.rewards.maths import gsm8k_accuracy
-from trl_bayes.rewards.python_syntax import contains_name, max_length, no_syntax_warning, parses
-from trl_bayes.rewards.regex import matches
+from .build import build_reward, build_rewards
+from .classifier import classified_as
+from .contains import contains_word, more_of
+from .json_schema import valid_json
+from .length import length_between, length_in
+from .lexicon import vader_sentiment
+from .maths import gsm8k_accuracy
+from .python_syntax import contains_name, max_length, no_syntax_warning, parses
+from .regex import matches
 
 
 __all__ = [

@@ -1,12 +1,11 @@
 """Evidence from a text classifier: the probability of a label, or whether it passes a threshold."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..spelling import did_you_mean
 from .texts import RewardFunction, completion_text, full_text, named, slug
+from .whole_models import whole_models
 
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ class _Scorer:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
             try:
-                with _whole_models():
+                with whole_models():
                     model = AutoModelForSequenceClassification.from_pretrained(self.name)
                 tokenizer = AutoTokenizer.from_pretrained(self.name, truncation_side="left")
             except (OSError, ValueError) as error:
@@ -167,18 +166,3 @@ def _longest(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (tokenizer.model_max_length, positions) if limit is not None and limit < 10**6]
     return min(limits, default=None)
-
-
-@contextmanager
-def _whole_models() -> Iterator[None]:
-    """Loads models whole under ZeRO-3 too, where transformers would shard them and only an engine could run them."""
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)

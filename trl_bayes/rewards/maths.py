@@ -6,7 +6,7 @@ package `math-verify`, messages, and a column `solution`. GSM8K has numbers only
 """
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from .texts import completion_text
@@ -58,8 +58,5 @@ def final_number(text: str) -> Decimal | None:
     return _decimal(numbers[0] if mark else numbers[-1])
 
 
-def _decimal(number: str) -> Decimal | None:
-    try:
-        return Decimal(number.replace(",", ""))
-    except InvalidOperation:
-        return None
+def _decimal(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))

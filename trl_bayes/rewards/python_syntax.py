@@ -13,11 +13,10 @@ Nothing is executed, and no text, however odd, raises.
 import ast
 import re
 import warnings
-from collections.abc import Callable
 from typing import Any
 
+from .texts import RewardFunction, completion_text, named
 
-RewardFunction = Callable[..., list[float | None]]
 
 # A name, or what has to be stepped over because names inside it are not tokens: strings and comments. The order
 # matters: three quotes before one, and a string with its prefix (b, rf, ...) before a name, which the prefix is not.
@@ -34,18 +33,17 @@ _SURROUNDINGS = ("async def f():\n while 1: pass", "def f():\n while 1: pass", "
 
 
 def parses(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
-    """1[the completed line is one Python statement].
+    """
+    1[the completed line is one Python statement].
 
     The statement may need surroundings that a line alone does not have: `return x` and `await f()` count, as they do
     for `ast.parse`. An empty line, a comment, two statements (`a; b`), an indented line and several lines do not.
 
     Args:
-        prompts: Prompts, as texts or as lists of messages.
-        completions: Completions, as texts or as lists of messages.
-        **kwargs: Whatever else TRL passes; not used.
+        prompts, completions (`list`): as TRL passes them, texts or lists of messages.
 
     Returns:
-        1.0 or 0.0 for every completion.
+        `list[float | None]`: 1.0 or 0.0 for every completion.
     """
     with warnings.catch_warnings():  # once a batch: it is as slow as parsing a line
         warnings.simplefilter("ignore")
@@ -53,19 +51,18 @@ def parses(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[fl
 
 
 def no_syntax_warning(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
-    """1[the completed line parses, and the compiler has nothing to warn about].
+    """
+    1[the completed line parses, and the compiler has nothing to warn about].
 
     The compiler warns about what is legal and all the same almost certainly a mistake, such as `x is 1`,
     `assert (x, "message")`, `"text"(x)` or the escape `"\\d"`. What it warns about differs a little between
     versions of Python.
 
     Args:
-        prompts: Prompts, as texts or as lists of messages.
-        completions: Completions, as texts or as lists of messages.
-        **kwargs: Whatever else TRL passes; not used.
+        prompts, completions (`list`): as TRL passes them, texts or lists of messages.
 
     Returns:
-        1.0 or 0.0 for every completion; 0.0 for a line that does not parse.
+        `list[float | None]`: 1.0 or 0.0 for every completion; 0.0 for a line that does not parse.
     """
     rewards: list[float | None] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -80,16 +77,17 @@ def no_syntax_warning(prompts: list[Any], completions: list[Any], **kwargs: Any)
 
 
 def max_length(characters: int) -> RewardFunction:
-    """Make the reward 1[the completed line has at most `characters` characters].
+    """
+    Makes the reward 1[the completed line has at most `characters` characters].
 
     Args:
-        characters: Longest length that still gets 1.0, counted over prompt and completion.
+        characters (`int`): longest length that still gets 1.0, counted over prompt and completion.
 
     Returns:
-        A reward function, called `max_length_<characters>` in TRL's logs.
+        `Callable`: a reward function, called `max_length_<characters>` in TRL's logs.
 
     Raises:
-        ValueError: If `characters` is negative.
+        ValueError: if `characters` is negative.
     """
     if characters < 0:
         raise ValueError(f"`characters` must not be negative, but is {characters}.")
@@ -97,23 +95,24 @@ def max_length(characters: int) -> RewardFunction:
     def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
         return [float(len(line) <= characters) for line in _completed_lines(prompts, completions)]
 
-    return _named(reward, f"max_length_{characters}")
+    return named(reward, f"max_length_{characters}")
 
 
 def contains_name(identifier: str) -> RewardFunction:
-    """Make the reward 1[the identifier or keyword `identifier` is a token of the completed line].
+    """
+    Makes the reward 1[the identifier or keyword `identifier` is a token of the completed line].
 
     `self` is a token of `self.x = 1`, but not of `myself = 1`, `"self"` or `# self`; a string counts as a whole,
     f-strings included. The line need not parse.
 
     Args:
-        identifier: A name or keyword, such as `self` or `import`.
+        identifier (`str`): a name or keyword, such as `self` or `import`.
 
     Returns:
-        A reward function, called `contains_name_<identifier>` in TRL's logs.
+        `Callable`: a reward function, called `contains_name_<identifier>` in TRL's logs.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: if it is not one.
     """
     if not identifier.isidentifier():
         raise ValueError(f"`identifier` must be a Python identifier, but is {identifier!r}.")
@@ -121,13 +120,7 @@ def contains_name(identifier: str) -> RewardFunction:
     def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
         return [float(_has_name(line, identifier)) for line in _completed_lines(prompts, completions)]
 
-    return _named(reward, f"contains_name_{identifier}")
-
-
-def _named(reward: RewardFunction, name: str) -> RewardFunction:
-    """Give a reward function the name under which TRL logs it."""
-    reward.__name__ = reward.__qualname__ = name
-    return reward
+    return named(reward, f"contains_name_{identifier}")
 
 
 def _has_name(line: str, name: str) -> bool:
@@ -137,7 +130,7 @@ def _has_name(line: str, name: str) -> bool:
 
 
 def _statement(line: str) -> ast.stmt | None:
-    """Return the only statement of a line, or None where the line is not exactly one statement."""
+    """The only statement of a line; `None` where the line is not exactly one statement."""
     line = line.rstrip()
     if not line or "\n" in line or "\r" in line:
         return None
@@ -151,7 +144,7 @@ def _statement(line: str) -> ast.stmt | None:
 
 
 def _compile_in_surroundings(statement: ast.stmt) -> None:
-    """Compile a statement (never run it) where it is legal, so that the compiler can issue its warnings."""
+    """Compiles a statement (never runs it) where it is legal, so that the compiler can issue its warnings."""
     for source in _SURROUNDINGS:
         module = ast.parse(source)
         if module.body:
@@ -167,20 +160,6 @@ def _compile_in_surroundings(statement: ast.stmt) -> None:
 
 def _completed_lines(prompts: list[Any], completions: list[Any]) -> list[str]:
     return [
-        _text(completion) if isinstance(prompt, list) else _text(prompt) + _text(completion)
+        completion_text(completion) if isinstance(prompt, list) else prompt + completion_text(completion)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-
-
-def _text(value: str | list[dict[str, Any]] | None) -> str:
-    """Return a text, or what the assistant says in some messages; one without text (a tool call) adds nothing."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    contents = [message.get("content") for message in value if message.get("role") == "assistant"]
-    texts: list[str] = []
-    for content in contents:
-        if isinstance(content, list):  # blocks, as multimodal models have them
-            texts.extend(block.get("text") or "" for block in content)
-        else:
-            texts.append(content or "")
-    return "".join(texts)

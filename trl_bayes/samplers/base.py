@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..language_models.completions import Completions
+from ..statistics.strict_json import strict_json
 from ..targets import Target
 from .source import CompletionSource
 
@@ -88,15 +89,4 @@ def as_draws(
     draws = completions.with_known(log_weights=weights).sorted_by_prompt()
     if n is not None:
         draws = draws.first_of_each_prompt(torch.full((len(draws.prompts),), n))
-    return replace(draws, diagnostics=plain(diagnostics))
-
-
-def plain(value: Any) -> Any:
-    """As strict JSON: a number that is not finite is `None`."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, Tensor | numpy.generic):
-        return plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return replace(draws, diagnostics=strict_json(diagnostics))

@@ -15,6 +15,9 @@ from ..language_models.completions import Completions, Prompt
 from ..targets import Target
 
 
+_NUM_CHECKED = 64  # completions of the prior
+
+
 class SamplingError(ValueError):
     """What turns out only while sampling: evidence or a proposal with which a method cannot be correct."""
 
@@ -106,17 +109,17 @@ def gather(source: CompletionSource, parts: Sequence[Completions]) -> Completion
     return Completions.concatenate(parts) if parts else no_completions(source)
 
 
-def check_support(source: CompletionSource, num_samples: int = 64) -> None:
+def check_support(source: CompletionSource) -> None:
     """
-    Refuses a proposal that cannot produce what the posterior can, as far as samples of the prior show it.
+    Refuses a proposal that cannot produce what the posterior can, as far as 64 samples of the prior show it.
 
     Samples of the proposal alone never show what it leaves out.
 
     Raises:
         SamplingError: a completion with evidence has probability 0 under the proposal; one sentence.
     """
-    per_prompt = -(-num_samples // len(source.prompts))
-    index = torch.arange(len(source.prompts)).repeat_interleave(per_prompt)[:num_samples]
+    per_prompt = -(-_NUM_CHECKED // len(source.prompts))
+    index = torch.arange(len(source.prompts)).repeat_interleave(per_prompt)[:_NUM_CHECKED]
     drawn = source.propose(index, from_prior=True)
     lost = torch.nonzero(drawn.log_weights.isposinf()).squeeze(1)
     if len(lost):

@@ -1,6 +1,6 @@
 """Targets: which posterior to approximate. Each turns rewards into log-potential phi; none knows a trainer."""
 
-from ..prior import Context, LogZEstimate, PriorScores, PromptTable, log_z_from_prior
+from ..prior import Context, PriorScores, PromptTable, log_z_from_prior
 from .base import LogPotentialError, Target
 from .build import build_target
 from .calibrated import Calibrated
@@ -33,7 +33,6 @@ __all__ = [
     "Context",
     "LogPotentialError",
     "LogSigmoidCentered",
-    "LogZEstimate",
     "Moments",
     "PriorScores",
     "Product",

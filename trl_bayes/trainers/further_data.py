@@ -58,12 +58,11 @@ def learn_of_further_data(trainer: Any, given: Any) -> None:
     refuse_early(trainer, trainer.args, further, trainer.environment_factories is not None)
     refuse_data(trainer, further)
     before = trainer.data
+    learns = trainer.partition.needs_prior_samples or trainer.target.needs_prior_samples
+    # What has not been learned yet will be, before the first completion
+    known = len(rows_of(trainer).rows) if learns and trainer.has_learned else None
     trainer.data = [*before, *further]
-    if not (trainer.partition.needs_prior_samples or trainer.target.needs_prior_samples) or not trainer.has_learned:
-        return  # what is to be learned will be, before the first completion
-    rows, trainer.data = rows_of(trainer), before
-    if len(rows.rows) > len(rows_of(trainer).rows):
-        trainer.data = [*before, *further]
+    if known is not None and len(rows_of(trainer).rows) > known:
         try:
             trainer.learn_from_prior(again=True)
         except BaseException:

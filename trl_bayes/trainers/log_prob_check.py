@@ -13,6 +13,7 @@ from ..language_models.generation import evaluating
 from ..prior.drawing import MOVED
 from .batches import own_tokens
 from .generation_check import refuse_other_generation
+from .metrics import mean_over_processes
 
 
 NUM_CHECKED = 4
@@ -70,25 +71,32 @@ def refuse_inexact(trainer: Any, score: Scorer, batch: Batch, policy: torch.Tens
     rows = choose_rows(batch)
     own = own_tokens(batch)[rows].bool()
     for check in checks:
-        with check.using(), evaluating(check.model):
-            plain = plain_log_probs(check.model, batch, rows, trainer.temperature)
-        exact = check.source is None and trainer.accelerator.mixed_precision == "no" and is_exact(check.model)
-        allowed = TOLERANCE if exact else TOLERANCE_OF_ROUNDING
-
-        def difference(scored: torch.Tensor, plain: torch.Tensor = plain) -> float:
-            own_part = mean_difference(scored.float(), plain, own).unsqueeze(0)
-            return float(trainer.accelerator.gather(own_part).max())
-
-        found = difference(check.scored[rows])
-        if not found <= allowed:  # NaN differs
-            cause = check.source or _find_cause(check, batch, rows, score, difference, allowed)
-            raise ValueError(
-                f"The {check.whose} log-probabilities differ by {found:.2g} nats per token from those of a plain "
-                f"forward pass (rounding explains {allowed:.2g}), so the result would not be the posterior: "
-                f"{CAUSES[cause]} `check_log_probs=False` trains all the same."
-            )
+        _refuse_one(check, trainer, score, batch, rows, own)
     _refuse_other_start(trainer, batch, policy)
     refuse_other_generation(trainer, batch)
+
+
+def _refuse_one(
+    check: Check, trainer: Any, score: Scorer, batch: Batch, rows: torch.Tensor, own: torch.Tensor
+) -> None:
+    """Refuses one of the checks, of these rows `(C,)` and their own tokens `(C, T)`."""
+    with check.using(), evaluating(check.model):
+        plain = plain_log_probs(check.model, batch, rows, trainer.temperature)
+    exact = check.source is None and trainer.accelerator.mixed_precision == "no" and is_exact(check.model)
+    allowed = TOLERANCE if exact else TOLERANCE_OF_ROUNDING
+
+    def difference(scored: torch.Tensor) -> float:
+        own_part = mean_difference(scored.float(), plain, own).unsqueeze(0)
+        return float(trainer.accelerator.gather(own_part).max())
+
+    found = difference(check.scored[rows])
+    if not found <= allowed:  # NaN differs
+        cause = check.source or _find_cause(check, batch, rows, score, difference, allowed)
+        raise ValueError(
+            f"The {check.whose} log-probabilities differ by {found:.2g} nats per token from those of a plain forward "
+            f"pass (rounding explains {allowed:.2g}), so the result would not be the posterior: {CAUSES[cause]} "
+            "`check_log_probs=False` trains all the same."
+        )
 
 
 def _refuse_other_start(trainer: Any, batch: Batch, policy: torch.Tensor) -> None:
@@ -103,10 +111,8 @@ def _refuse_other_start(trainer: Any, batch: Batch, policy: torch.Tensor) -> Non
     if named or trainer.state.global_step > 0 or "ref_per_token_logps" not in batch or _learns_a_prompt(trainer):
         return
     # An estimate of KL(pi||pi_0), which rounding does not raise
-    difference = (policy - batch["ref_per_token_logps"]).float()[own_tokens(batch).bool()]
-    sums = torch.stack([difference.sum(), difference.new_tensor(difference.numel())])
-    total, tokens = trainer.accelerator.reduce(sums, reduction="sum").tolist()
-    distance = total / max(tokens, 1.0)
+    difference = (policy - batch["ref_per_token_logps"]).float()
+    distance = mean_over_processes(difference, own_tokens(batch), trainer.accelerator)
     if not distance <= MOVED:  # NaN differs
         raise ValueError(
             f"Before the first update the policy is {distance:.2g} nats per token from the prior, which is what the "

@@ -93,9 +93,7 @@ def token_kl(policy: torch.Tensor, output: dict[str, Any], accelerator: Accelera
     if "from_prior" in output:
         mask = mask * ~output["from_prior"].unsqueeze(1)
     difference = output["ref_per_token_logps"].float() - policy.float()
-    sums = torch.stack([((finite_exp(difference) - difference - 1) * mask).sum(), mask.sum().float()])
-    total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
-    return {"kl": total / max(tokens, 1.0)}
+    return {"kl": mean_over_processes(finite_exp(difference) - difference - 1, mask, accelerator)}
 
 
 def loss_metrics(
@@ -110,9 +108,25 @@ def loss_metrics(
         capped (`torch.Tensor`): boolean `(B,)`, on which completions the cap acts.
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
     """
-    sums = torch.stack([(entropies * mask).sum(), mask.sum(), capped.sum(), mask.new_tensor(capped.numel())])
-    entropy, tokens, num_capped, num_sequences = accelerator.reduce(sums.float(), reduction="sum").tolist()
-    return {"entropy": entropy / max(tokens, 1.0), "posterior/capped_frac": num_capped / num_sequences}
+    return {
+        "entropy": mean_over_processes(entropies, mask, accelerator),
+        "posterior/capped_frac": mean_over_processes(capped, torch.ones_like(capped), accelerator),
+    }
+
+
+def mean_over_processes(values: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator) -> float:
+    """
+    The mean of what a mask marks, over all processes; 0 where it marks nothing.
+
+    Args:
+        values (`torch.Tensor`): such as of tokens, `(B, T)`.
+        mask (`torch.Tensor`): what counts, of the same shape.
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+    """
+    mask = mask.bool()
+    sums = torch.stack([values.masked_fill(~mask, 0).sum().float(), mask.sum().float()]).detach()
+    total, number = accelerator.reduce(sums, reduction="sum").tolist()
+    return total / max(number, 1.0)
 
 
 def show_advantages(table: deque[float], advantages: torch.Tensor) -> None:

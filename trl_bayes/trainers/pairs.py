@@ -147,14 +147,6 @@ def loss_metrics(
     return _means(values, accelerator)
 
 
-def entropy_metric(entropies: torch.Tensor, inputs: dict[str, Any], accelerator: Accelerator) -> dict[str, float]:
-    """The policy's entropy per token, in nats, over the tokens `(B, T)` of all completions."""
-    mask = own_tokens(inputs)
-    sums = torch.stack([(entropies * mask).sum(), mask.sum().float()])
-    total, tokens = accelerator.reduce(sums.detach(), reduction="sum").tolist()
-    return {"entropy": total / max(tokens, 1.0)}
-
-
 def _means(values: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
     """The mean of each over all processes, without what is `NaN`; one that is `NaN` everywhere is left out."""
     stacked = torch.stack([value.float() for value in values.values()])  # (N, M)

@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 from ..estimators import Estimator, Terms
-from ..partitions import make_partition
+from ..partitions import PARTITIONS
 from ..prior import Draw, KeptCompletions
 from ..rewards.calling import without_infinite
 from ..targets import Target, build_target
@@ -107,7 +107,7 @@ class PosteriorTrainer(GRPOTrainer):
         self.estimator = self.make_estimator(args)
         self.target = build_target(args.target if target is None else target, args.beta or None)
         refuse_infinite_divergence(self.target, self.estimator.divergence)
-        self.partition = make_partition(args.partition, self.target)
+        self.partition = PARTITIONS[args.partition](self.target)
         refuse_early(self, args, all_data(train_dataset, eval_dataset), environment_factory, tools or rollout_func)
         with prior_of_its_own(self, args), warnings_at_the_users_line():
             super().__init__(

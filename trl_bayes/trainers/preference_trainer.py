@@ -12,15 +12,14 @@ from ..estimators import Preference, bradley_terry, larger_wins
 from ..rewards.calling import without_infinite
 from ..targets import Target
 from ..targets.base import weighted_sum
-from .batches import scorer_inputs, sequence_log_probs
+from .batches import own_tokens, scorer_inputs, sequence_log_probs
 from .judge import Judge, ask, refuse_uncallable
 from .learning_from_prior import GIVEN, REWARDS
-from .metrics import show_advantages, token_kl
+from .metrics import mean_over_processes, show_advantages, token_kl
 from .pairs import (
     batch_of_pairs,
     by_pairs,
     completions_of,
-    entropy_metric,
     generated_batch,
     generation_metrics,
     in_generated_order,
@@ -211,7 +210,7 @@ class PreferenceTrainer(PriorShareTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss
             self._mode_metrics["aux_loss"].append(self.accelerator.gather(aux_loss).mean().item())
-        self._log(entropy_metric(entropies, batch, self.accelerator))
+        self._log({"entropy": mean_over_processes(entropies, own_tokens(batch), self.accelerator)})
         self._log(loss_metrics(log_policy, terms, parts, self.estimator.pairwise, self.accelerator))
         self._log({"alpha": self._alpha, "beta": self.estimator.pairwise.beta})
         return loss / self.current_gradient_accumulation_steps if self.model.training else loss

@@ -7,12 +7,11 @@ import torch
 from trl.trainer.utils import pad
 
 from ..estimators import Estimator, PairTerms, Terms
-from ..groups import log_weights
 from ..partitions import Partition
 
 
 _SEQUENCES = {"prompt": "left", "completion": "right", "prior_completion": "right"}  # side on which TRL pads each
-_SCALARS = tuple(dict.fromkeys((*Terms._fields, *PairTerms._fields, "prompt_key")))
+_TERMS = tuple(dict.fromkeys((*Terms._fields, *PairTerms._fields, "prompt_key")))
 
 
 class ReplayBuffer:
@@ -39,7 +38,7 @@ class ReplayBuffer:
         """Adds every usable completion of a generated batch."""
         batch = {name: value.cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
         for i in batch["usable"].nonzero().flatten().tolist():
-            row = {name: batch[name][i].clone() for name in _SCALARS if name in batch}
+            row = {name: batch[name][i].clone() for name in _TERMS if name in batch}
             for name in _sequences(batch):
                 row[name] = batch[f"{name}_ids"][i][batch[f"{name}_mask"][i].bool()]
             if "tool_mask" in batch:
@@ -86,7 +85,7 @@ def append_rows(
     if "tool_mask" in batch:
         tool_mask = [*batch["tool_mask"], *(row["tool_mask"].to(device) for row in rows)]
         joined["tool_mask"] = pad(tool_mask, padding_value=1, padding_side="right")
-    for name in _SCALARS:
+    for name in _TERMS:
         if name in batch:
             replayed = torch.stack([row[name] for row in rows]).to(device)
             joined[name] = torch.cat([batch[name], replayed])
@@ -112,7 +111,7 @@ def refresh(batch: dict[str, Any], start: int, partition: Partition, estimator: 
     if "baseline" not in batch:
         return
     if "prompt_key" in batch:
-        own = log_weights(batch["log_target"][start:], batch["log_proposal"][start:])
+        own = batch["log_target"][start:] - batch["log_proposal"][start:]
         if (log_z := partition.of_reused(batch["prompt_key"][start:], own)) is not None:
             latest = {"log_z": log_z.of_completion, "log_z_of_value": log_z.of_prompt}
             batch |= {name: torch.cat([batch[name][:start], new]) for name, new in latest.items()}

@@ -12,8 +12,9 @@ import torch
 
 from trl_bayes.benchmarks.calibrated import ranked_task
 from trl_bayes.benchmarks.laws import at_kl, beats, best_of_n_law, cumulative, expected, kl, tilt
-from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, markdown_table, mean_and_spread
+from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, mean_and_spread
 from trl_bayes.benchmarks.paper_figure import curve, finish, panels
+from trl_bayes.benchmarks.tables import markdown_table
 from trl_bayes.benchmarks.tiny import hard_constraint_task, letter_count_task
 from trl_bayes.samplers import kl_of_best_of_n
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_bayes.benchmarks.fitted import fitted
 from trl_bayes.benchmarks.laws import kl, mixed_by_token, tilt
-from trl_bayes.benchmarks.paper import Setting, Shown, markdown_table, mean_and_spread
+from trl_bayes.benchmarks.paper import Setting, Shown, mean_and_spread
 from trl_bayes.benchmarks.paper_figure import curve, finish, panels
+from trl_bayes.benchmarks.tables import markdown_table
 from trl_bayes.benchmarks.tiny import bigram_task, build_tiny_model, letter_count_task
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_bayes.benchmarks.descent import descend
 from trl_bayes.benchmarks.fitted import all_log_probs, fitted
 from trl_bayes.benchmarks.laws import entropy, expected, kl
-from trl_bayes.benchmarks.paper import Enumerated, Setting, Shown, enumerated, markdown_table, mean_and_spread
+from trl_bayes.benchmarks.paper import Enumerated, Setting, Shown, enumerated, mean_and_spread
 from trl_bayes.benchmarks.paper_figure import curve, finish, panels
+from trl_bayes.benchmarks.tables import markdown_table
 from trl_bayes.benchmarks.tiny import EnumerableTask, letter_count_task
 from trl_bayes.divergences import get_divergence
 from trl_bayes.estimators import Estimator, ImportanceWeights, PolicyGradient, PureRL, Sequences

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from trl_bayes.benchmarks.descent import descend
 from trl_bayes.benchmarks.laws import entropy, expected, expected_distinct, kl, tilt
-from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, markdown_table, mean_and_spread
+from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, mean_and_spread
 from trl_bayes.benchmarks.paper_figure import curve, finish, panels
+from trl_bayes.benchmarks.tables import markdown_table
 from trl_bayes.benchmarks.tiny import EnumerableTask, letter_count_task
 from trl_bayes.divergences import get_divergence
 from trl_bayes.estimators import ScoreFunction

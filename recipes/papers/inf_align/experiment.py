@@ -18,8 +18,9 @@ from trl_bayes.benchmarks.calibrated import ranked_task
 from trl_bayes.benchmarks.descent import descend
 from trl_bayes.benchmarks.exact_training import train_on
 from trl_bayes.benchmarks.laws import at_kl, beats, cumulative, tilt
-from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, markdown_table, mean_and_spread
+from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, mean_and_spread
 from trl_bayes.benchmarks.paper_figure import curve, finish, panels
+from trl_bayes.benchmarks.tables import markdown_table
 from trl_bayes.benchmarks.tiny import EnumerableTask
 from trl_bayes.benchmarks.win_rates import WinRates, mean_rates, win_rates
 from trl_bayes.divergences import get_divergence

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from trl_bayes.benchmarks.descent import descend
 from trl_bayes.benchmarks.laws import best_of_n_law, expected, kl, tilt
-from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, markdown_table, mean_and_spread
+from trl_bayes.benchmarks.paper import Setting, Shown, enumerated, mean_and_spread
 from trl_bayes.benchmarks.paper_figure import curve, finish, panels
+from trl_bayes.benchmarks.tables import markdown_table
 from trl_bayes.benchmarks.tiny import EnumerableTask, balance_task
 from trl_bayes.divergences import get_divergence
 from trl_bayes.estimators import Estimator, ImportanceWeights, PureRL
