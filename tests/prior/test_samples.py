@@ -10,13 +10,14 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from trl_bayes.prior import Draw, DrawIdentity, KeptCompletions, PriorSamples, Work
+from trl_bayes.prior import Draw, DrawIdentity, KeptCompletions, PriorSamples, PriorSamplesError, Work
 
 
 INF, NAN = math.inf, math.nan
@@ -432,7 +433,7 @@ def test_processes_share_the_work_and_work_equally_often(
     worked = [sampler.calls if rewards == REWARDS else sampler.scored for sampler in samplers]
     assert {len(calls) for calls in worked} == {math.ceil(8 / num_processes)}
     assert {len(rows) for calls in worked for rows, _ in calls} == {4}  # filled up, so that all do the same
-    assert len(barriers) == 2 * num_processes
+    assert len(barriers) == 3 * num_processes  # the folder is held, all know what is missing, all have done theirs
     assert drawn(tmp_path) == every()
     collect(make(tmp_path / "alone", rewards=rewards))
     assert rows_on_disk(tmp_path / IDENTITY.fingerprint) == rows_on_disk(tmp_path / "alone")
@@ -527,6 +528,27 @@ def test_kill_9_loses_nothing_that_was_reported_done_and_doubles_nothing(tmp_pat
     # Lengths of a million: a chunk that repeats an earlier one's random numbers would take away four
     assert len(samples.scores(keys).rewards.unique()) > 296
     assert others.exists() and not others.with_name(".samples-000000000299.parquet.left").exists()
+
+
+def test_a_second_run_waits_for_the_first_and_finds_its_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = Sampler()
+    other_run = Thread(target=lambda: collect(make(tmp_path, chunk_size=6, rewards=["length", None]), second))
+    first = Sampler()
+
+    def draw(rows: list[str], seed: int) -> Draw:
+        if not first.calls:
+            other_run.start()
+            other_run.join(timeout=0.5)
+            with pytest.raises(PriorSamplesError, match="Another run adds to .*wait until it has"):
+                make(tmp_path).collect(Sampler(), first.score, PROMPTS, Work(progress=False, num_processes=2))
+        return first(rows, seed)
+
+    make(tmp_path).collect(draw, first.score, PROMPTS, Work(progress=False))
+    other_run.join()
+    assert drawn(tmp_path) == every() and second.calls == []
+    assert "waiting" in capsys.readouterr().err
 
 
 def test_two_runs_that_overlap_do_not_double(tmp_path: Path) -> None:

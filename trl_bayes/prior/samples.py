@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -171,12 +172,26 @@ class PriorSamples:
             rows (`Sequence`): the `R` rows of the data, in whatever form these take.
             work ([`Work`], *optional*): whose share it is. Defaults to all of it.
 
+        Another run that adds to the same folder is waited for, and its samples are found.
+
         Raises:
             ValueError: rows that are not those of the keys, or something else is returned than asked for.
+            PriorSamplesError: with several processes, if another run adds to the folder.
         """
         if len(rows) != len(self.prompt_keys):
             raise ValueError(f"There are {len(rows)} rows and {len(self.prompt_keys)} keys: give one for each.")
         work = work or Work()
+        with self._store.held_by_this_run(work.num_processes) if work.process_index == 0 else nullcontext():
+            work.wait_for_everyone()
+            self._collect(draw, score, rows, work)
+
+    def _collect(
+        self,
+        draw: Callable[[list[Row], int], Draw],
+        score: Callable[[list[Row], KeptCompletions], torch.Tensor],
+        rows: Sequence[Row],
+        work: Work,
+    ) -> None:
         index = self._store.samples()
         places = self._places(index)
         missing = (places < 0).nonzero().squeeze(1)

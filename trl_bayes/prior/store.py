@@ -2,9 +2,10 @@
 
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock, Timeout
 
 from .identity import DrawIdentity, stable_hash
 from .writing import write_whole
@@ -226,6 +228,34 @@ class SampleStore:
         }
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def held_by_this_run(self, num_processes: int = 1) -> Iterator[None]:
+        """
+        While samples are added: of two runs the second waits, says so, and finds what the first has drawn.
+
+        Args:
+            num_processes (`int`, *optional*, defaults to `1`): of this run. Several would time out while they wait.
+
+        Raises:
+            PriorSamplesError: another run adds to the folder, and this one has several processes.
+        """
+        lock = FileLock(self.folder / ".lock")
+        with suppress(OSError):  # what can only be read has no other writer either
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if num_processes > 1:
+                    raise PriorSamplesError(
+                        f"Another run adds to the samples in {self.folder}: wait until it has, or set another "
+                        "`prior_samples_dir`."
+                    ) from None
+                print(f"Another run adds to the prior samples in {self.folder}: waiting.", file=sys.stderr, flush=True)
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def remove_unfinished(self) -> None:
         """Files that a killed run has not finished; those of the last day may be of a run that goes on."""
