@@ -29,7 +29,8 @@ def test_a_single_value_has_no_variance() -> None:
 def test_thirty_of_each() -> None:
     assert enough_of_each(torch.tensor([30.0, 400.0]), "things") == (True, "")
     assert enough_of_each(torch.tensor([30 - 1e-9, 400.0]).double(), "things") == (True, "")
-    assert enough_of_each(torch.tensor([29.9, 400.0]), "things") == (False, "only 29 things for some prompt")
+    note = "only 29 things for some prompt (1 of 2 have fewer than 30)"
+    assert enough_of_each(torch.tensor([29.9, 400.0]), "things") == (False, note)
     assert join_notes("a", "", "b", "a") == "a; b"
 
 

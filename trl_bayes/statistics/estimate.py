@@ -97,7 +97,11 @@ def enough_of_each(number: Tensor, what: str) -> tuple[bool, str]:
     fewest = int(number.min().item() + 1e-6)  # an effective number may be a rounding error below a whole one
     if fewest >= MIN_EFFECTIVE_SAMPLES:
         return True, ""
-    return False, f"only {fewest} {what} for some prompt"
+    few = int((number + 1e-6 < MIN_EFFECTIVE_SAMPLES).sum())
+    return (
+        False,
+        f"only {fewest} {what} for some prompt ({few} of {len(number)} have fewer than {MIN_EFFECTIVE_SAMPLES})",
+    )
 
 
 def join_notes(*notes: str) -> str:
