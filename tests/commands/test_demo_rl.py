@@ -110,7 +110,8 @@ def test_launched_processes_get_the_sections_as_they_were_given(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(demo_rl, "launch", lambda module, flags, own: asked.append(own))
-    given = ["--clone.max_length", "null", "--clone.run_name", "'007'", "--rl.learning_rate", "1e-5"]
+    given = ["--clone.max_length", "null", "--clone.run_name", "'007'", "--rl.learning_rate", "1.0e-5"]
+    given += ["--rl.beta", "{rule: demonstrations, epsilon: 1.0e-5}", "--rl.run_name", "😀 e", "--rl.beta", ".inf"]
     run(recipe, "--num_processes", "2", *given)
     (own,) = asked
     assert split_section_flags(own)[1] == split_section_flags(given)[1]

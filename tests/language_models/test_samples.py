@@ -8,7 +8,7 @@ import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tests.helpers.chi_square import chi_square_p_value
 from trl_bayes.benchmarks.tiny import EnumerableTask, balance_task
 from trl_bayes.language_models.completions import Completions
+from trl_bayes.language_models.mixed import MixedModel
 from trl_bayes.language_models.samples import sample, score
 from trl_bayes.language_models.scoring import log_probs
 from trl_bayes.language_models.settings import SamplingSettings
@@ -226,3 +227,15 @@ def test_what_another_model_of_the_family_has_no_token_for_has_no_probability(
     found = log_probs(model, replace(drawn, completion_ids=unknown), settings)
     expected = log_probs(model, drawn, settings)
     assert found[1] == -math.inf and torch.equal(found[[0, 2, 3, 4, 5]], expected[[0, 2, 3, 4, 5]])
+
+
+def test_a_mixture_of_models_with_more_and_fewer_rows_of_embeddings(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str
+) -> None:
+    larger = AutoModelForCausalLM.from_pretrained(folder)
+    larger.resize_token_embeddings(16)
+    drawn, settings = draw(model, tokenizer, 3), SamplingSettings(TASK.max_completion_length)
+    found = log_probs(cast(Any, MixedModel([larger, model], [0.5, 0.5])), drawn, settings)
+    torch.testing.assert_close(found, log_probs(model, drawn, settings), rtol=0, atol=1e-5)
+    unknown = replace(drawn, completion_ids=[[15], *drawn.completion_ids[1:]])
+    assert log_probs(cast(Any, MixedModel([larger, model], [0.5, 0.5])), unknown, settings)[0] == -math.inf

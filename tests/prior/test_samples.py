@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from trl_bayes.prior import Draw, DrawIdentity, KeptCompletions, PriorSamples, PriorSamplesError, Work
+from trl_bayes.prior import Draw, DrawIdentity, KeptCompletions, PriorSamples, Work
 
 
 INF, NAN = math.inf, math.nan
@@ -433,7 +433,7 @@ def test_processes_share_the_work_and_work_equally_often(
     worked = [sampler.calls if rewards == REWARDS else sampler.scored for sampler in samplers]
     assert {len(calls) for calls in worked} == {math.ceil(8 / num_processes)}
     assert {len(rows) for calls in worked for rows, _ in calls} == {4}  # filled up, so that all do the same
-    assert len(barriers) == 3 * num_processes  # the folder is held, all know what is missing, all have done theirs
+    assert len(barriers) == 2 * num_processes
     assert drawn(tmp_path) == every()
     collect(make(tmp_path / "alone", rewards=rewards))
     assert rows_on_disk(tmp_path / IDENTITY.fingerprint) == rows_on_disk(tmp_path / "alone")
@@ -541,14 +541,12 @@ def test_a_second_run_waits_for_the_first_and_finds_its_samples(
         if not first.calls:
             other_run.start()
             other_run.join(timeout=0.5)
-            with pytest.raises(PriorSamplesError, match="Another run adds to .*wait until it has"):
-                make(tmp_path).collect(Sampler(), first.score, PROMPTS, Work(progress=False, num_processes=2))
         return first(rows, seed)
 
     make(tmp_path).collect(draw, first.score, PROMPTS, Work(progress=False))
     other_run.join()
     assert drawn(tmp_path) == every() and second.calls == []
-    assert "waiting" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("waiting for it") == 1
 
 
 def test_two_runs_that_overlap_do_not_double(tmp_path: Path) -> None:

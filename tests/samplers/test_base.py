@@ -28,7 +28,7 @@ from trl_bayes.samplers import (
     SamplingSettings,
     SequentialMonteCarlo,
 )
-from trl_bayes.targets import Calibrated, Constraint, Context, Target, Tempered, Tilt, best_of_n
+from trl_bayes.targets import Calibrated, Constraint, Context, Moments, Product, Target, Tempered, Tilt, best_of_n
 
 
 def _reward(texts: list[str]) -> list[float]:
@@ -294,6 +294,10 @@ def test_no_prompts_and_no_draws(models: dict[str, Any], tokenizer: Any) -> None
 def test_unbounded_evidence(models: dict[str, Any], tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="needs evidence with a known upper bound"):
         make(models, tokenizer, Tilt(1.0), Rejection())
+    for target in (Moments({"reward_func": 0.5}), Product([Calibrated(best_of_n(2)), Tilt(1.0)])):  # never have one
+        with pytest.raises(ValueError, match="needs evidence with a known upper bound"):
+            Rejection().check(target, has_proposal=False)
+    Rejection().check(Product([Calibrated(best_of_n(2)), Constraint()]), has_proposal=False)
     with pytest.raises(ValueError, match="leave the proposal out"):
         make(models, tokenizer, Constraint(), Rejection(), proposal=models["policy"])
 

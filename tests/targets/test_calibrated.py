@@ -464,7 +464,7 @@ def test_used_without_context_or_fit() -> None:
 
 
 def test_what_ties_in_training_ties_wherever_the_target_is_evaluated() -> None:
-    """Three times .1 is less than .1 + .2 in one precision and not in the other."""
+    """The sum of .1 and .3 is rounded in one precision and not in the other."""
     target = Calibrated(best_of_n(4))
     weights = torch.tensor([0.1, 0.3])
     target.bind(["a", "b"], weights)

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from packaging.version import Version
 from rich.progress import Progress
 
 from ..language_models.settings import at_least
@@ -84,7 +86,7 @@ def run(args: ScalingArguments, progress: Progress) -> Iterator[Findings]:
             record = {**about, "steps": {name: [one._asdict() for one in all_of] for name, all_of in steps.items()}}
             yield Findings(record, to_markdown(steps, state.num_processes, str(state.device)))
         state.wait_for_everyone()
-    if hasattr(finished[-1], "end"):  # since transformers 5.18
+    if Version(transformers.__version__) >= Version("5.18.0"):
         finished[-1].end()
 
 

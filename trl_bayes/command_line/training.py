@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -236,5 +238,5 @@ def train(trainer: PosteriorTrainer, arguments: Arguments, checkpoint: str | Non
         trainer.accelerator.print(f"It is on the Hub as {trainer.hub_model_id}.")
     # gloo's threads free their last tensors under the GIL, which the destructor of the process group would hold
     trainer.accelerator.wait_for_everyone()
-    if hasattr(trainer, "end"):  # since transformers 5.18
+    if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()

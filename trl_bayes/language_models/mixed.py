@@ -29,6 +29,7 @@ class MixedModel(nn.Module):
         self.models, self.coefficients = nn.ModuleList(models), tuple(coefficients)
         self.generation_config = models[0].generation_config
         self._sizes = [model.config.get_text_config().vocab_size for model in models]
+        self.config = models[self._sizes.index(min(self._sizes))].config  # whose tokens all models have
         self._take_positions = ["position_ids" in inspect.signature(type(m).forward).parameters for m in models]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:

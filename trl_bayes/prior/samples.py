@@ -1,8 +1,8 @@
 """Samples of the prior, drawn once and kept on disk, with the rewards of whatever functions have scored them."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -33,6 +33,8 @@ class Work(NamedTuple):
     num_processes: int = 1
     wait_for_everyone: Callable[[], None] = lambda: None
     """A barrier, such as `accelerator.wait_for_everyone`."""
+    from_first: Callable[[bool], bool] = lambda value: value
+    """Gives all processes what process 0 has."""
     progress: bool = True
     """Whether process 0 shows a progress bar."""
     what: str = "prior samples"
@@ -158,6 +160,8 @@ class PriorSamples:
         """
         Draws what is missing and scores what has no rewards; returns when this process has done its share.
 
+        Another run that adds to the same folder is waited for, and its samples are found.
+
         Several processes call `draw` and `score` equally often, each time with `chunk_size` rows, so these may contain
         collective operations (sharded models, gathered rewards). Where there is less to do, rows are repeated and
         what is returned for them is thrown away.
@@ -172,18 +176,34 @@ class PriorSamples:
             rows (`Sequence`): the `R` rows of the data, in whatever form these take.
             work ([`Work`], *optional*): whose share it is. Defaults to all of it.
 
-        Another run that adds to the same folder is waited for, and its samples are found.
-
         Raises:
             ValueError: rows that are not those of the keys, or something else is returned than asked for.
-            PriorSamplesError: with several processes, if another run adds to the folder.
         """
         if len(rows) != len(self.prompt_keys):
             raise ValueError(f"There are {len(rows)} rows and {len(self.prompt_keys)} keys: give one for each.")
         work = work or Work()
-        with self._store.held_by_this_run(work.num_processes) if work.process_index == 0 else nullcontext():
-            work.wait_for_everyone()
+        try:
+            if work.from_first(work.process_index == 0 and self._is_incomplete()):
+                self._hold_folder(work)
             self._collect(draw, score, rows, work)
+        finally:
+            self._store.release()
+
+    def _is_incomplete(self) -> bool:
+        index = self._store.samples()
+        return not bool(self._rewards(index, self._places(index))[1].all())
+
+    def _hold_folder(self, work: Work) -> None:
+        """Process 0 holds the folder; all wait for it, in turns that are shorter than any collective's patience."""
+        seconds = 0.0
+        while not work.from_first(work.process_index != 0 or self._store.hold(seconds)):
+            if work.process_index == 0 and not seconds:
+                print(
+                    f"Another run adds to the prior samples in {self.folder}: waiting for it.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            seconds = 30.0
 
     def _collect(
         self,

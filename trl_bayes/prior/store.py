@@ -2,10 +2,9 @@
 
 import json
 import math
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +95,7 @@ class SampleStore:
 
     def __init__(self, folder: Path, identity: DrawIdentity):
         self.folder = folder / identity.fingerprint
+        self._lock = FileLock(self.folder / ".lock")
         file = self.folder / _SETTINGS_FILE
         if not file.exists():
             try:
@@ -229,33 +229,19 @@ class SampleStore:
 
     # ---------------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def held_by_this_run(self, num_processes: int = 1) -> Iterator[None]:
-        """
-        While samples are added: of two runs the second waits, says so, and finds what the first has drawn.
-
-        Args:
-            num_processes (`int`, *optional*, defaults to `1`): of this run. Several would time out while they wait.
-
-        Raises:
-            PriorSamplesError: another run adds to the folder, and this one has several processes.
-        """
-        lock = FileLock(self.folder / ".lock")
-        with suppress(OSError):  # what can only be read has no other writer either
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if num_processes > 1:
-                    raise PriorSamplesError(
-                        f"Another run adds to the samples in {self.folder}: wait until it has, or set another "
-                        "`prior_samples_dir`."
-                    ) from None
-                print(f"Another run adds to the prior samples in {self.folder}: waiting.", file=sys.stderr, flush=True)
-                lock.acquire()
+    def hold(self, seconds: float) -> bool:
+        """Whether this run may add to the folder, which it has waited for so long; another one adds to it if not."""
         try:
-            yield
-        finally:
-            lock.release()
+            self._lock.acquire(timeout=seconds)
+        except Timeout:
+            return False
+        except OSError:  # what can only be read has no other writer either
+            pass
+        return True
+
+    def release(self) -> None:
+        """Lets other runs add to the folder."""
+        self._lock.release()
 
     def remove_unfinished(self) -> None:
         """Files that a killed run has not finished; those of the last day may be of a run that goes on."""

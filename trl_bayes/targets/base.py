@@ -54,7 +54,7 @@ class Target(ABC):
     Args:
         rewards (`str` or `list[str]`, *optional*):
             Names of the reward functions that this target reads (a function's `__name__`, or the last part of a reward
-            model's id). Defaults to all of them.
+            model's id). Defaults to all but those of weight 0.
     """
 
     hard: bool = False
@@ -68,6 +68,9 @@ class Target(ABC):
 
     needs_prior_samples: bool = False
     """Whether [`~Target.fit`] must be called with scored samples of the prior before the target is used."""
+
+    learns_its_bound: bool = False
+    """Whether [`~Target.max_log_potential`] is known once the target is fitted, and not before."""
 
     fits_under_others: bool = False
     """Whether what is learned depends on the other factors of a [`Product`]: it is then fitted last, under theirs."""

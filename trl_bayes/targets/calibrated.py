@@ -45,8 +45,10 @@ class Calibrated(PerPromptTarget):
         beta (`float`, *optional*):
             Temperature. Defaults to the transform's own: `1/(N-1)` for `best_of_n(N)` and `worst_of_n(N)`.
         rewards (`str` or `list[str]`, *optional*):
-            Names of the reward functions whose weighted sum is calibrated. Defaults to all.
+            Names of the reward functions whose weighted sum is calibrated. Defaults to all but those of weight 0.
     """
+
+    learns_its_bound = True
 
     def __init__(
         self, transform: Transform | str, beta: float | None = None, rewards: str | Sequence[str] | None = None

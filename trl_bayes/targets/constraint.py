@@ -20,7 +20,7 @@ class Constraint(Target):
 
     Args:
         rewards (`str` or `list[str]`, *optional*):
-            Names of the reward functions that are features. Defaults to all.
+            Names of the reward functions that are features. Defaults to all but those of weight 0.
         threshold (`float`, *optional*, defaults to `0.5`):
             A feature holds when its reward is at least this.
     """

@@ -22,7 +22,7 @@ class LogSigmoidCentered(PerPromptTarget):
 
     Args:
         rewards (`str` or `list[str]`, *optional*):
-            Names of the reward functions to combine. Defaults to all.
+            Names of the reward functions to combine. Defaults to all but those of weight 0.
         gamma (`float`, *optional*, defaults to `1.0`):
             Temperature, positive.
         quantile (`float`, *optional*, defaults to `0.85`):
@@ -46,7 +46,13 @@ class LogSigmoidCentered(PerPromptTarget):
         return torch.stack([self.select(each).nanquantile(self.quantile, dim=0) for each in rewards])
 
     def log_potential(self, rewards: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        centered = self.select(rewards) - self.learned(context).to(rewards)  # (N, K')
+        selected, references = self.select(rewards), self.learned(context).to(rewards)  # (N, K')
+        if selected.shape != references.shape:
+            raise ValueError(
+                f"`LogSigmoidCentered` has learned of {references.size(1)} rewards and reads {selected.size(1)}: the "
+                "checkpoint is of another version, so train from the beginning."
+            )
+        centered = selected - references
         total = torch.nn.functional.logsigmoid(centered).nansum(dim=1)
         return total.masked_fill(centered.isnan().all(dim=1), torch.nan) / self.gamma
 

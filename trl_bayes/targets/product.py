@@ -37,6 +37,8 @@ class Product(Target):
         self.reads_rewards = any(factor.reads_rewards for factor in self.factors)
         self.needs_context = any(factor.needs_context for factor in self.factors)
         self.needs_prior_samples = any(factor.needs_prior_samples for factor in self.factors)
+        bounded = [factor.learns_its_bound or factor.max_log_potential() is not None for factor in self.factors]
+        self.learns_its_bound = all(bounded) and any(factor.learns_its_bound for factor in self.factors)
         fitted_last = [factor for factor in self.factors if factor.fits_under_others]
         self.fits_under_others = bool(fitted_last)
         if len(fitted_last) > 1:

@@ -161,6 +161,7 @@ def collect(
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.wait_for_everyone,
+        lambda value: bool(broadcast_object_list([value])[0]),
         progress=not trainer.args.disable_tqdm,
     )
     samples.collect(draw, score, data.rows, work)
