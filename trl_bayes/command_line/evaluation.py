@@ -170,8 +170,7 @@ def prepare(args: EvaluateArguments, arguments: Arguments) -> Job:
     for name, path in policies.items():
         check_same_vocabulary(f"policy {name!r}", path, configs[name], study.prior.config, study.tokenizer, trust)
     bound = study.target.max_log_potential() if args.max_log_potential is None else args.max_log_potential
-    is_bounded = bound is not None or (study.target.learns_its_bound and not study.target.is_fitted)
-    if args.method == "rejection" and not is_bounded:
+    if args.method == "rejection" and bound is None and not study.target.will_know_its_bound:
         raise ValueError(
             f"`method=rejection` needs evidence with a known upper bound, which {study.target!r} does not have: set "
             "`max_log_potential`, such as the largest reward over beta, or `method` to 'importance'."

@@ -114,7 +114,7 @@ class RecipeParser(TrlParser):
         except (ValueError, TypeError, argparse.ArgumentTypeError):
             raise ValueError(f"`{name}` in {source} must be {_expected(action)}, but is {value!r}.") from None
         if action.choices is not None and converted not in action.choices:
-            hint = did_you_mean(str(value), map(str, action.choices))
+            hint = did_you_mean(value, map(str, action.choices))
             raise ValueError(f"`{name}` in {source} must be {_expected(action)}, but is {value!r}{hint}.")
         return converted
 

@@ -237,9 +237,7 @@ def _config_class(recipe: Mapping[str, Any], name: str | None) -> type[Posterior
     name = recipe.get("trainer") if name is None else name
     if name is not None:
         if name not in known:
-            raise ValueError(
-                f"There is no trainer {name!r}{did_you_mean(str(name), known)}: use one of {list(known)}."
-            )
+            raise ValueError(f"There is no trainer {name!r}{did_you_mean(name, known)}: use one of {list(known)}.")
         return known[name].config_class
     classes: set[type[PosteriorConfig]] = {PosteriorConfig, *(each.config_class for each in known.values())}
     keys = recipe.keys() & (_keys_of_trainers() - GRPOConfig.__dataclass_fields__.keys())

@@ -41,6 +41,15 @@ class Work(NamedTuple):
     """What is drawn, as the bar has it."""
 
 
+class _ToDo(NamedTuple):
+    """What the folder has, where in it each sample stands `(R * N,)`, and which are to be drawn and to be scored."""
+
+    found: SampleIndex
+    places: torch.Tensor
+    missing: torch.Tensor
+    unscored: torch.Tensor
+
+
 class PriorSamples:
     """
     `num_samples` completions of the prior for each row of the data, with their rewards, in a folder of Parquet files.
@@ -183,15 +192,20 @@ class PriorSamples:
             raise ValueError(f"There are {len(rows)} rows and {len(self.prompt_keys)} keys: give one for each.")
         work = work or Work()
         try:
-            if work.from_first(work.process_index == 0 and self._is_incomplete()):
+            to_do = self._to_do() if work.process_index == 0 else None
+            if work.from_first(to_do is not None and len(to_do.missing) + len(to_do.unscored) > 0):
                 self._hold_folder(work)
-            self._collect(draw, score, rows, work)
+                to_do = None  # another run may have done it meanwhile
+            self._collect(draw, score, rows, work, to_do or self._to_do())
         finally:
             self._store.release()
 
-    def _is_incomplete(self) -> bool:
+    def _to_do(self) -> _ToDo:
         index = self._store.samples()
-        return not bool(self._rewards(index, self._places(index))[1].all())
+        places = self._places(index)
+        _, known = self._rewards(index, places)
+        missing, unscored = ((places < 0).nonzero(), ((places >= 0) & ~known).nonzero())
+        return _ToDo(index, places, missing.squeeze(1), unscored.squeeze(1))
 
     def _hold_folder(self, work: Work) -> None:
         """Process 0 holds the folder; all wait for it, in turns that are shorter than any collective's patience."""
@@ -211,12 +225,9 @@ class PriorSamples:
         score: Callable[[list[Row], KeptCompletions], torch.Tensor],
         rows: Sequence[Row],
         work: Work,
+        to_do: _ToDo,
     ) -> None:
-        index = self._store.samples()
-        places = self._places(index)
-        missing = (places < 0).nonzero().squeeze(1)
-        _, known = self._rewards(index, places)
-        unscored = ((places >= 0) & ~known).nonzero().squeeze(1)
+        index, places, missing, unscored = to_do
         shown = work.progress and work.process_index == 0
         work.wait_for_everyone()  # before anybody adds to the folder: all must agree on what is missing
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

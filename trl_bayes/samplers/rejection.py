@@ -51,7 +51,7 @@ class Rejection(Method):
             raise ValueError(f"`max_log_potential` must be finite, got {self.max_log_potential}.")
 
     def check(self, target: Target, has_proposal: bool) -> None:
-        if target.is_fitted or not target.learns_its_bound:
+        if not target.will_know_its_bound:
             self.bound(target)
         if has_proposal:
             raise ValueError(

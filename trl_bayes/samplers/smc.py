@@ -85,7 +85,7 @@ class SequentialMonteCarlo(Method):
                 f"`twist='rewards'` reads unfinished completions as finished ones, and {target!r} would exclude some "
                 "that can still become good: leave it out, or give a function as the twist."
             )
-        if self.upper_bound and (target.is_fitted or not target.learns_its_bound):
+        if self.upper_bound and not target.will_know_its_bound:
             Rejection(self.max_log_potential).bound(target)
 
     def draw(self, source: CompletionSource, n: int, rng: numpy.random.Generator) -> Completions:

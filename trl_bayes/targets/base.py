@@ -155,6 +155,11 @@ class Target(ABC):
         """
         return None
 
+    @property
+    def will_know_its_bound(self) -> bool:
+        """Whether [`~Target.max_log_potential`] will be known, once the target is fitted."""
+        return self.learns_its_bound and not self.is_fitted
+
     def partial_log_potential(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> torch.Tensor:
         """
         `log psi`, a guess of how much evidence a completion that begins so will have, `(N,)` in nats; 0 by default.

@@ -108,10 +108,8 @@ def loss_metrics(
         capped (`torch.Tensor`): boolean `(B,)`, on which completions the cap acts.
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
     """
-    return {
-        "entropy": mean_over_processes(entropies, mask, accelerator),
-        "posterior/capped_frac": mean_over_processes(capped, torch.ones_like(capped), accelerator),
-    }
+    entropy, capped_frac = means_over_processes(accelerator, (entropies, mask), (capped, torch.ones_like(capped)))
+    return {"entropy": entropy, "posterior/capped_frac": capped_frac}
 
 
 def mean_over_processes(values: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator) -> float:
@@ -123,10 +121,16 @@ def mean_over_processes(values: torch.Tensor, mask: torch.Tensor, accelerator: A
         mask (`torch.Tensor`): what counts, of the same shape.
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
     """
-    mask = mask.bool()
-    sums = torch.stack([values.masked_fill(~mask, 0).sum().float(), mask.sum().float()]).detach()
-    total, number = accelerator.reduce(sums, reduction="sum").tolist()
-    return total / max(number, 1.0)
+    return means_over_processes(accelerator, (values, mask))[0]
+
+
+def means_over_processes(accelerator: Accelerator, *marked: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
+    """[`mean_over_processes`] of several values with their masks, in one reduction."""
+    sums = [
+        torch.stack([values.masked_fill(~mask.bool(), 0).sum().float(), mask.bool().sum().float()]).detach()
+        for values, mask in marked
+    ]
+    return [total / max(number, 1.0) for total, number in accelerator.reduce(torch.stack(sums), "sum").tolist()]
 
 
 def show_advantages(table: deque[float], advantages: torch.Tensor) -> None:
